@@ -1,0 +1,1 @@
+"""Text -> batches of token ids."""

@@ -1,0 +1,1 @@
+"""Token ids -> more token ids."""
