@@ -1,0 +1,378 @@
+"""The one training loop.
+
+Everything random or ordered is a function of (seed, step): the first weights, and which rows a step sees. So the state of
+a run is its weights, the optimiser's memory, the number of the step and the seconds used; a run that was stopped and
+resumed ends with the same bits as one that was not (same machine, CPU, a run of so many steps).
+"""
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from babyllama.checkpoint.folder import replace_file
+from babyllama.checkpoint.hf import model_files, read_model
+from babyllama.checkpoint.run import METRICS, Run
+from babyllama.data.batches import IGNORE, Batches
+from babyllama.data.corpus import Corpus
+from babyllama.errors import BabyLlamaError, InputError, MachineError, NumericalError
+from babyllama.model import Llama
+from babyllama.train.evaluate import Score, score
+from babyllama.train.optim import adamw, learning_rate, load_optimizer, optimizer_tensors
+from babyllama.train.recipe import Plan
+
+OPTIMIZER = "optim.safetensors"
+RESERVED = 0.03  # of a time budget, for the last evaluation and the last save
+
+# ---- what the loop tells ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Started:
+    step: int  # 0, or the saved step from which the run goes on
+    passed_over: tuple[BabyLlamaError, ...] = ()  # what was wrong with newer steps
+
+
+@dataclass(frozen=True)
+class Stepped:
+    step: int
+    progress: float  # 0 to 1
+    loss: float  # nats per token, of this step's batch
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    tokens_per_second: float  # over the last seconds
+    seconds: float  # of wall clock used so far
+    seconds_left: float
+    memory: int | None  # bytes, the most this process has held
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    step: int
+    score: Score
+    sample: str | None
+    best: bool  # no earlier evaluation was as good
+
+
+@dataclass(frozen=True)
+class Saved:
+    step: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: finished, or stopped by a signal with everything saved."""
+
+    step: int
+    score: Score | None  # over all of the validation text, in float32; None when stopped
+    stopped_by: int | None  # signal number
+
+
+Event = Started | Stepped | Evaluated | Saved
+Tell = Callable[[Event], None]
+
+
+# ---- the loop -----------------------------------------------------------------------------------
+
+
+def train(
+    run: Run,
+    plan: Plan,
+    corpus: Corpus,
+    *,
+    step: int | None = None,
+    tell: Tell = lambda event: None,
+    sample: Callable[[Llama], str] | None = None,
+) -> Outcome:
+    """Train until the plan's steps or seconds are used, from the newest intact saved step, or from `step`, or from new.
+
+    `tell` hears of every step; `sample` writes a text with the model at each evaluation. The caller holds the run's lock.
+
+    Raises InputError E207 (no saved step is intact; or E2xx for the `step` asked for), NumericalError E501 (a loss or a
+    gradient is not finite; the last good save stays), MachineError E401, E403 (cannot save), E404 (memory).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(plan.threads)
+    try:
+        with _signals() as caught:
+            return _Training(run, plan, corpus, tell, sample).run_from(step, caught)
+    except (RuntimeError, MemoryError) as error:
+        if "allocate" in str(error) or isinstance(error, MemoryError | torch.OutOfMemoryError):
+            rows = max(1, plan.batch_size // 2)
+            fix = f"start again with fewer rows at once:  --set batch_size={rows} --set accumulation={plan.accumulation * 2}"
+            raise MachineError(
+                "E404", f"step with {plan.batch_size} rows of {plan.context} tokens", str(error)[:200], fix
+            ) from error
+        raise
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Training:
+    def __init__(
+        self, run: Run, plan: Plan, corpus: Corpus, tell: Tell, sample: Callable[[Llama], str] | None
+    ) -> None:
+        self.run, self.plan, self.corpus, self.tell, self.sample = run, plan, corpus, tell, sample
+        self.batches = Batches(corpus.train_ids, plan.context, plan.batch_size * plan.accumulation, plan.seed)
+        self.byte_lengths = corpus.tokenizer.byte_lengths()
+        self.step, self.seconds, self.best_bits = 0, 0.0, math.inf
+        self.evaluated: Score | None = None  # at this very step
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    def restore(self, wanted: int | None) -> None:
+        passed_over: list[InputError] = []
+        if wanted is None and self.run.steps():
+            wanted, passed_over = self.run.newest_intact()
+        elif wanted is not None:
+            self.run.verify(wanted)
+        if wanted is None:
+            self.model = Llama(self.plan.model, seed=self.plan.seed).to(self.plan.device)
+            self.optimizer = adamw(self.model, self.plan)
+        else:
+            self._load(wanted)
+        self._forget_metrics_after(self.step)
+        self.tell(Started(self.step, tuple(passed_over)))
+        for problem in passed_over:
+            self._record(
+                event="passed over",
+                step=self.step,
+                code=problem.code,
+                where=problem.where,
+                found=problem.found,
+            )
+
+    def _load(self, step: int) -> None:
+        folder, state = self.run.folder(step), self.run.state(step)
+        config, weights = read_model(folder)
+        if config != self.plan.model:
+            raise InputError(
+                "E203",
+                str(folder),
+                "holds a model of another shape than run.json",
+                "restore the run folder from a copy",
+            )
+        self.model = Llama(config, seed=None)
+        self.model.load_state_dict(weights, strict=True)
+        self.model.to(self.plan.device)
+        self.optimizer = adamw(self.model, self.plan)
+        try:
+            load_optimizer(self.model, self.optimizer, load_safetensors((folder / OPTIMIZER).read_bytes()))
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.best_bits = float(
+                state["best_bits_per_byte"] if state["best_bits_per_byte"] is not None else math.inf
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            fix = f"resume from an older step:  babyllama train --resume {self.run.path} --step N"
+            raise InputError(
+                "E206", str(folder), f"lacks a part of the training state ({error})", fix
+            ) from None
+
+    def save(self) -> None:
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "tokens": self.step * self.plan.tokens_per_step,
+            "bits_per_byte": self.evaluated.bits_per_byte if self.evaluated else None,
+            "best_bits_per_byte": self.best_bits if math.isfinite(self.best_bits) else None,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        files = model_files(self.plan.model, self.model.state_dict(), self.corpus.tokenizer)
+        moments = {
+            name: tensor.cpu().contiguous()
+            for name, tensor in optimizer_tensors(self.model, self.optimizer).items()
+        }
+        files[OPTIMIZER] = save_safetensors(moments)
+        self.tell(Saved(self.step, str(self.run.save(self.step, files, state))))
+
+    # ---- time ----------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done: of its steps, or of its seconds less what the last evaluation will take."""
+        if self.plan.steps:
+            return self.step / self.plan.steps
+        return self.seconds / (self.plan.seconds * (1 - RESERVED))
+
+    def seconds_left(self, rate: float) -> float:
+        if self.plan.steps:
+            return (self.plan.steps - self.step) * self.plan.tokens_per_step / rate if rate else math.inf
+        return max(0.0, self.plan.seconds - self.seconds)
+
+    # ---- running -------------------------------------------------------------------------------
+
+    def run_from(self, wanted: int | None, caught: list[int]) -> Outcome:
+        self.restore(wanted)
+        clock, recent = time.perf_counter(), [(time.perf_counter(), self.step)]
+        last_save = clock
+        while self.progress < 1 and not caught:
+            before = self.progress
+            rate = learning_rate(self.plan, before)
+            loss, norm = self.take_step(rate)
+            self.step += 1
+            self.evaluated = None
+            now = time.perf_counter()
+            self.seconds, clock = self.seconds + now - clock, now
+            recent = [*recent[-50:], (now, self.step)]
+            speed = (
+                (recent[-1][1] - recent[0][1])
+                * self.plan.tokens_per_step
+                / max(1e-9, recent[-1][0] - recent[0][0])
+            )
+            left = self.seconds_left(speed)
+            stepped = Stepped(
+                self.step, min(1.0, self.progress), loss, norm, rate, speed, self.seconds, left, peak_memory()
+            )
+            self.tell(stepped)
+            if self._due(before):
+                self._record(event="step", **asdict(stepped))
+                self.evaluate()
+            saved = self.evaluated is not None
+            if self.plan.save_every:
+                saved = saved or self.step % self.plan.save_every == 0
+            else:
+                saved = saved or now - last_save > self.plan.save_seconds
+            if saved:
+                self.save()
+                last_save = time.perf_counter()
+        if self.progress < 1:
+            if self.step not in self.run.steps():
+                self.save()
+            return Outcome(self.step, None, caught[0])
+        return self.finish()
+
+    def _due(self, before: float) -> bool:
+        """Whether an evaluation stands between the progress `before` this step and now; one always stands at the end."""
+        n = self.plan.evaluations
+        return self.progress >= 1 or math.floor(before * n) != math.floor(self.progress * n)
+
+    def take_step(self, rate: float) -> tuple[float, float]:
+        """One update. Returns the loss in nats per target token and the norm of the gradient before clipping.
+
+        The gradient is that of the mean over all target tokens of the step, however they are spread over batches: each
+        batch's sum is divided by the number of all of them, since a mean of means would weigh short batches more.
+        """
+        tokens, targets = (
+            torch.from_numpy(each).to(self.plan.device) for each in self.batches.batch(self.step)
+        )
+        counted = int((targets != IGNORE).sum())
+        loss = 0.0
+        for some, wanted in zip(
+            tokens.chunk(self.plan.accumulation), targets.chunk(self.plan.accumulation), strict=True
+        ):
+            part = loss_sum(self.logits(some), wanted) / counted
+            part.backward()
+            loss += part.item()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip or math.inf))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise self._not_finite(loss)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """The model's answer, with matrix products in the plan's precision."""
+        kind = self.plan.device.partition(":")[0]
+        with torch.autocast(kind, torch.bfloat16, enabled=self.plan.precision == "bfloat16"):
+            return self.model(tokens)
+
+    def evaluate(self) -> None:
+        scored = self._score(self.logits, self.plan.evaluation_tokens)
+        best, self.best_bits = (
+            scored.bits_per_byte < self.best_bits,
+            min(self.best_bits, scored.bits_per_byte),
+        )
+        self.evaluated = scored
+        text = self.sample(self.model) if self.sample is not None else None
+        self._record(event="evaluation", step=self.step, seconds=self.seconds, sample=text, **asdict(scored))
+        self.tell(Evaluated(self.step, scored, text, best))
+
+    def finish(self) -> Outcome:
+        """Score all of the validation text in float32 with the last weights."""
+        whole = self._score(self.model, None)
+        self._record(event="finished", step=self.step, seconds=self.seconds, **asdict(whole))
+        return Outcome(self.step, whole, None)
+
+    def _score(self, logits: Callable[[Tensor], Tensor], max_tokens: int | None) -> Score:
+        ids = np.asarray(self.corpus.val_ids)
+        return score(logits, ids, self.byte_lengths, self.plan.context, max_tokens, self.plan.device)
+
+    # ---- small things --------------------------------------------------------------------------
+
+    def _not_finite(self, loss: float) -> NumericalError:
+        gradients = (
+            (name, weight.grad) for name, weight in self.model.named_parameters() if weight.grad is not None
+        )
+        first = next((name for name, grad in gradients if not bool(torch.isfinite(grad).all())), "the loss")
+        fix = f"resume with a lower learning rate:  babyllama train --resume {self.run.path} --set learning_rate={self.plan.learning_rate / 2:g}"
+        return NumericalError("E501", f"step {self.step}", f"loss {loss}, and not finite: {first}", fix)
+
+    def _record(self, **values: Any) -> None:
+        """A line for metrics.jsonl. A report that cannot be written is no reason to stop training."""
+        with suppress(OSError):
+            self.run.record(**values)
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Remove the lines of steps that will be taken again, so that every step is told once."""
+        path = self.run.path / METRICS
+        kept = [line for line in self.run.metrics() if line.get("step", 0) <= step]
+        if path.exists() and len(kept) < len(path.read_text(encoding="utf-8").splitlines()):
+            replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed over the targets that are not IGNORE, in float32."""
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+def peak_memory() -> int | None:
+    """Bytes, the most this process has held; None on Windows, which does not tell in this way."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list into which the first SIGINT or SIGTERM puts itself; a second one acts as it would without us."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,235 @@
+"""This text, this machine, these minutes -> every other number of a training run.
+
+The rules are few and each stands beside its number; all of them can be overridden, and the plan is stored with the run.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from babyllama import costs, machine
+from babyllama.errors import MachineError, UsageError
+from babyllama.model import Config, RopeScaling
+
+# (dim, n_layers, n_heads): heads of 32 numbers while small, 64 later; about 40 to 64 of width for each layer
+SHAPES = (
+    (64, 2, 2),
+    (96, 3, 3),
+    (128, 4, 4),
+    (160, 4, 5),
+    (192, 5, 6),
+    (256, 6, 8),
+    (288, 6, 6),
+    (384, 8, 6),
+    (512, 8, 8),
+    (768, 12, 12),
+    (1024, 16, 16),
+)
+TOKENS_PER_PARAMETER = 0.8  # a model that is to see fewer tokens than this for each parameter is too large
+PARAMETERS_PER_BYTE = 1.55  # of training text; more only learns it by heart
+SHARE_OF_PEAK = 0.3  # of the speed of a bare matrix product, reached by a whole training step
+MEMORY_SHARE = 0.8  # of the free memory that training may plan to use
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that decides a run, apart from its text. Exactly one of `steps` and `seconds` is above 0."""
+
+    model: Config
+    context: int  # tokens a row
+    batch_size: int  # rows at once
+    accumulation: int = 1  # batches whose gradients are added up for one step
+    steps: int = 0
+    seconds: float = 0.0  # of wall clock, evaluations and saves included
+    learning_rate: float = 0.004  # at its peak
+    warmup: float = 0.05  # share of the run; then linear to 0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.1  # of matrices; never of gains or of the vocabulary's
+    clip: float = 1.0  # largest norm of the gradient; 0: not clipped
+    seed: int = 1
+    device: str = "cpu"
+    precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; everything else is float32
+    threads: int = 1
+    evaluations: int = 8  # during the run, evenly, each with a sample of text and a save
+    evaluation_tokens: int = 16384  # scored at each of them; all of the validation text at the end
+    save_every: int = 0  # steps between saves besides; 0: every `save_seconds`
+    save_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        if (self.steps > 0) == (self.seconds > 0):
+            raise UsageError(
+                "E103", "--steps, --minutes", "one of the two decides when training ends", "give one of them"
+            )
+        for name in (
+            "context",
+            "batch_size",
+            "accumulation",
+            "learning_rate",
+            "threads",
+            "evaluation_tokens",
+        ):
+            self._require(name, 0 < getattr(self, name) < math.inf, "must be above 0")
+        for name in ("steps", "seconds", "weight_decay", "clip", "evaluations", "save_every", "seed"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "must be 0 or above")
+        for name in ("warmup", "beta1", "beta2"):
+            self._require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise UsageError("E102", name, f"{name} ({getattr(self, name)}) {rule}", f"choose another {name}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.context
+
+
+SETTINGS = {one.name: one.type for one in fields(Plan) if one.name not in ("model", "steps", "seconds")}
+
+
+def plan(
+    *,
+    vocab_size: int,
+    text_bytes: int,
+    train_tokens: int,
+    minutes: float | None = None,
+    steps: int | None = None,
+    size: str | None = None,
+    device: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Plan:
+    """The plan for a text of `text_bytes` and `train_tokens` on this machine.
+
+    size      parameters wished for, as "3M" or "15m"; the nearest shape is taken. None: chosen by text and time.
+    settings  fields of Plan that override what is chosen here.
+
+    Raises UsageError E101 (unknown setting), E102, E103; MachineError E404 when it would not fit in memory.
+    """
+    settings = _checked(settings or {})
+    if minutes is None and steps is None:
+        minutes = 10.0
+    device = device or machine.best_device()
+    speed = machine.measure_precision(device)
+    precision = settings.pop("precision", speed.best)
+    peak = max(speed.bfloat16, speed.float32) if precision == "bfloat16" else speed.float32
+    context = settings.pop("context", 128 if text_bytes <= 8 * 2**20 else 256)
+
+    def config(shape: tuple[int, int, int]) -> Config:
+        dim, n_layers, n_heads = shape
+        return Config(vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, max_seq_len=context)
+
+    def tokens(model: Config) -> float:  # that a run of this model sees, if the machine keeps its promise
+        if steps is not None:
+            return math.inf
+        return (minutes or 0) * 60 * SHARE_OF_PEAK * peak / costs.training_flops(model, context).total
+
+    if size is not None:
+        wished = parse_size(size)
+        model = min(map(config, SHAPES), key=lambda one: abs(math.log(costs.parameters(one).total / wished)))
+    else:
+        fitting = [
+            one
+            for one in map(config, SHAPES)
+            if costs.parameters(one).total <= PARAMETERS_PER_BYTE * text_bytes
+            and tokens(one) >= TOKENS_PER_PARAMETER * costs.parameters(one).total
+        ]
+        model = fitting[-1] if fitting else config(SHAPES[0])
+    expected = min(tokens(model), steps * 2048.0 if steps is not None else math.inf)
+    rows = max(
+        1, min(round(min(max(expected / 2000, 512), 2**16) / context), max(1, train_tokens // context))
+    )
+    chosen = Plan(
+        model=model,
+        context=context,
+        batch_size=rows if steps is None else min(12, max(1, train_tokens // context)),
+        steps=steps or 0,
+        seconds=0.0 if steps is not None else 60.0 * (minutes or 0),
+        # Half of the law fitted for the OLMo models, 0.0047 · (N / 108M)^(-1/3), and at most 0.004 for the smallest
+        learning_rate=min(0.0047 * (costs.parameters(model).total / 108e6) ** (-1 / 3) / 2, 0.004),
+        device=device,
+        precision=precision,
+        threads=machine.physical_cores(),
+    )
+    chosen = replace(chosen, **settings)
+    _check_memory(chosen)
+    return chosen
+
+
+def parse_size(text: str) -> float:
+    """Parameters in "260k", "3M", "1.5M" or "1B". Raises UsageError E102."""
+    unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
+    try:
+        size = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise UsageError(
+            "E102", "--size", f"{text!r} is not a number of parameters", "write it as 500k, 3M or 1.5M"
+        )
+    return size
+
+
+def _checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, as numbers of the type that Plan declares."""
+    kept = {}
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            near = get_close_matches(name, SETTINGS, 1)
+            raise UsageError(
+                "E101",
+                f"--set {name}",
+                "is not a setting",
+                f"did you mean {near[0]}?" if near else f"known: {', '.join(SETTINGS)}",
+            )
+        kind = SETTINGS[name]
+        if kind in (int, float):
+            try:
+                kept[name] = kind(value)
+            except (TypeError, ValueError):
+                expected = "a whole number" if kind is int else "a number"
+                raise UsageError(
+                    "E102", f"--set {name}", f"is {value!r}, expected {expected}", "give a number"
+                ) from None
+        else:
+            kept[name] = str(value)
+    if kept.get("precision", "float32") not in ("float32", "bfloat16"):
+        raise UsageError("E101", "--set precision", f"is {kept['precision']!r}", "choose float32 or bfloat16")
+    return kept
+
+
+def _check_memory(plan: Plan) -> None:
+    available = machine.memory()[1]
+    needed = costs.training_bytes(plan.model, plan.batch_size, plan.context).total
+    if plan.device == "cpu" and available is not None and needed > MEMORY_SHARE * available:
+        raise MachineError(
+            "E404",
+            "the plan",
+            f"training would need {needed / 2**30:,.1f} GiB, {available / 2**30:,.1f} GiB are free",
+            f"take a smaller --size, or fewer rows at once:  --set batch_size={max(1, plan.batch_size // 4)} --set accumulation=4",
+        )
+
+
+# ---- to and from run.json ------------------------------------------------------------------------
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(plan)
+
+
+def plan_from_json(value: dict[str, Any]) -> Plan:
+    """The plan that plan_to_json wrote. Raises UsageError E101 for a field that this version does not know."""
+    known = {one.name for one in fields(Plan)}
+    if unknown := set(value) - known:
+        raise UsageError(
+            "E101",
+            "run.json",
+            f"holds unknown settings: {', '.join(sorted(unknown))}",
+            "use the version that started this run",
+        )
+    model = dict(value["model"])
+    if model.get("rope_scaling"):
+        model["rope_scaling"] = RopeScaling(**model["rope_scaling"])
+    return Plan(**{**value, "model": Config(**model)})
