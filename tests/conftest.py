@@ -1,0 +1,56 @@
+"""What every test stands on: shapes are checked on each call, nothing is downloaded, threads are counted."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# Read by the libraries when they are loaded, here and in the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and forked processes do not go together
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = (
+    "2"  # sums are split, so rounded, the same way
+)
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+assert "babyllama" not in sys.modules, "babyllama was imported before its shapes could be checked"
+install_import_hook("babyllama", "beartype.beartype")
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = (
+    ROOT.parent / "shared" / "fixtures"
+)  # files too large for the repository; a test without its file skips
+
+settings.register_profile("same every time", deadline=None, derandomize=True, database=None)
+settings.load_profile("same every time")
+
+
+@pytest.fixture
+def fixture_file() -> Callable[[str], Path]:
+    """fixture_file(name) is the path of a large file beside the repository; the test is skipped without it."""
+
+    def find(name: str) -> Path:
+        path = FIXTURES / name
+        if not path.exists():
+            pytest.skip(f"{name} is not in {FIXTURES}")
+        return path
+
+    return find
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the long proofs unless `-m` names them, and skip what needs a GPU where there is none."""
+    if "torture" not in config.getoption("-m"):
+        long = [item for item in items if item.get_closest_marker("torture")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+    for_gpu = [item for item in items if item.get_closest_marker("cuda")]
+    if for_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in for_gpu:
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
