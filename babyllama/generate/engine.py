@@ -1,0 +1,231 @@
+"""Prompts to more tokens, with a torch model on any device.
+
+prompts ─ prefill, a chunk at a time ─► logits ─ sample ─► tokens ─► you
+                                          ▲                  │
+                                          └──── decode ◄─────┘   one token of each row at a time
+
+for token in generate(model, [prompt], max_tokens=200):
+    print(token.id)
+
+for completion in complete(model, prompts, max_tokens=200, stop_ids=tokenizer.eos_ids):
+    print(completion.ids, completion.reason)
+"""
+
+from collections.abc import Iterator, Sequence, Set
+from numbers import Integral
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from babyllama.errors import InputError, UsageError
+from babyllama.generate.cache import KVCache
+from babyllama.generate.sample import Sampling, sample
+from babyllama.model import Llama
+
+Reason = Literal["stop", "length"]
+
+
+class Token(NamedTuple):
+    """A new token: which prompt it goes on, its id, and where in that row it stands (0: the first of all)."""
+
+    row: int
+    id: int
+    position: int
+
+
+class Completion(NamedTuple):
+    """What was added to one prompt, without the token that stopped it; "length": no room or no leave for more."""
+
+    ids: list[int]
+    reason: Reason
+
+
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+    stop_ids: Set[int] = frozenset(),
+    prefill_chunk: int = 256,
+    max_len: int | None = None,
+    streams: Sequence[int] | None = None,
+) -> "Generation":
+    """Continue every prompt, all in one batch, and yield each token as soon as it is chosen.
+
+    prompts        token ids, with the BOS where the model wants one. Their lengths may differ.
+    max_tokens     new tokens for each prompt, at most. 0 gives none.
+    stop_ids       a row ends at any of these; the id itself is not yielded.
+    prefill_chunk  prompt tokens in one pass: bounds the memory, changes nothing else.
+    max_len        prompt and new tokens together, at most; None: the model's max_seq_len.
+    streams        the stream of random numbers for each prompt; None: its row. A prompt with the same seed and
+                   stream is continued alike in any batch (but for rounding in the model: see the note below).
+
+    Note: a matrix product may round differently for another batch size, chunk or device. Where two tokens are
+    within that (some 1e-6) of each other, a text may part from its twin.
+
+    Raises InputError E311 (a prompt longer than max_len), E309 (an id that the model does not have);
+    UsageError E102 (a number out of range, an empty prompt): at once. NumericalError E502, MachineError E404:
+    while it runs.
+    """
+    return Generation(model, prompts, max_tokens, sampling, stop_ids, prefill_chunk, max_len, streams)
+
+
+def complete(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    stop_ids: Set[int] = frozenset(),
+    prefill_chunk: int = 256,
+    max_len: int | None = None,
+    streams: Sequence[int] | None = None,
+) -> list[Completion]:
+    """The same, when all of it is there: one Completion for each prompt, in their order. See generate."""
+    generation = Generation(model, prompts, max_tokens, sampling, stop_ids, prefill_chunk, max_len, streams)
+    ids: list[list[int]] = [[] for _ in prompts]
+    for token in generation:
+        ids[token.row].append(token.id)
+    reasons: list[Reason] = [reason for reason in generation.reasons if reason]  # each row has one by now
+    return [Completion(*row) for row in zip(ids, reasons, strict=True)]
+
+
+class Generation(Iterator[Token]):
+    """The tokens of a running generation. `reasons[row]` says why a row ended; None: it goes on."""
+
+    def __init__(
+        self,
+        model: Llama,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Set[int],
+        prefill_chunk: int,
+        max_len: int | None,
+        streams: Sequence[int] | None,
+    ) -> None:
+        context = model.config.max_seq_len
+        limit = _whole("max_len", context if max_len is None else max_len, 1, context)
+        _whole("max_tokens", max_tokens, 0)
+        _whole("prefill_chunk", prefill_chunk, 1)
+        for row, prompt in enumerate(prompts):
+            _check_prompt(
+                "prompt" if len(prompts) == 1 else f"prompt {row}", prompt, limit, model.config.vocab_size
+            )
+        self._model, self._sampling, self._stop_ids = model, sampling, stop_ids
+        self._prompts = [list(prompt) for prompt in prompts]
+        self._streams = list(range(len(prompts)) if streams is None else streams)
+        assert len(self._streams) == len(prompts), "one stream for each prompt"
+        self._chunk = prefill_chunk
+        self._ends = [min(len(prompt) + max_tokens, limit) for prompt in prompts]  # length of a finished row
+        self.reasons: list[Reason | None] = [
+            "length" if len(prompt) == end else None for prompt, end in zip(prompts, self._ends, strict=True)
+        ]
+        self._tokens = self._run()
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def stop(self, row: int) -> None:
+        """End a row from outside: nothing more of it is yielded. For stops that only the text shows."""
+        self.reasons[row] = "stop"
+
+    def _running(self) -> list[int]:
+        return [row for row, reason in enumerate(self.reasons) if reason is None]
+
+    def _run(self) -> Iterator[Token]:
+        if not self._running():
+            return
+        training = self._model.training
+        self._model.eval()
+        try:
+            yield from self._decode()
+        finally:  # also when the caller leaves early
+            self._model.train(training)
+
+    def _decode(self) -> Iterator[Token]:
+        rows = [
+            prompt if reason is None else []
+            for prompt, reason in zip(self._prompts, self.reasons, strict=True)
+        ]
+        lengths = [len(prompt) for prompt in rows]
+        room = max(self._ends[row] for row in self._running())
+        weight, V = self._model.tok_embeddings.weight, self._model.config.vocab_size
+        cache = KVCache(self._model.config, len(rows), room, weight.device, weight.dtype)
+        seen = None
+        if self._sampling.repetition_penalty != 1:
+            seen = np.zeros((len(rows), V), dtype=bool)
+            for row, prompt in enumerate(rows):
+                seen[row, prompt] = True
+
+        logits = self._prefill(cache, rows)  # (B, V)
+        while running := self._running():
+            streams, positions = [self._streams[row] for row in running], [lengths[row] for row in running]
+            seen_here = None if seen is None else seen[running]
+            ids = sample(logits[running], self._sampling, seen_here, streams, positions)
+            fresh: list[list[int]] = [[] for _ in rows]  # the new token of each row that goes on
+            for row, id in zip(running, ids.tolist(), strict=True):
+                if self.reasons[row] is not None:  # stopped from outside, while this loop stood at a yield
+                    continue
+                if id in self._stop_ids:
+                    self.reasons[row] = "stop"
+                    continue
+                fresh[row], position = [id], lengths[row]
+                lengths[row] += 1
+                if seen is not None:
+                    seen[row, id] = True
+                if lengths[row] == self._ends[row]:
+                    self.reasons[row] = "length"
+                yield Token(row, id, position)
+            if self._running():
+                logits = self._pass(cache, fresh)
+
+    def _prefill(self, cache: KVCache, prompts: list[list[int]]) -> Float[np.ndarray, "B V"]:
+        """Work through the prompts, all from their beginnings; the logits after the last token of each."""
+        logits = np.zeros((len(prompts), self._model.config.vocab_size), dtype=np.float32)
+        for start in range(0, max(map(len, prompts)), self._chunk):
+            pieces = [prompt[start : start + self._chunk] for prompt in prompts]
+            here = [row for row, piece in enumerate(pieces) if piece]  # the others have ended before
+            logits[here] = self._pass(cache, pieces)[here]
+        return logits
+
+    def _pass(self, cache: KVCache, pieces: list[list[int]]) -> Float[np.ndarray, "B V"]:
+        """One pass of the model over the next tokens of every row: the logits after the last one of each.
+
+        Rows are filled up on the right to the width of the widest. A row without tokens is all filling: it
+        computes what nobody reads, into slots that nobody sees.
+        """
+        counts, width = [len(piece) for piece in pieces], max(map(len, pieces))
+        filled = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
+        tokens = torch.tensor(filled, device=cache.lengths.device)  # (B, T)
+        last = [max(count - 1, 0) for count in counts]
+        with torch.inference_mode():  # here and not around a yield, where it would leak to the caller
+            logits = self._model(tokens, cache)[range(len(last)), last].float().cpu()  # (B, V)
+        cache.advance(counts)
+        return logits.numpy()
+
+
+def _whole(name: str, value: int, least: int, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least or (most and value > most):
+        rule = (
+            f"a whole number, {least} or above" if most is None else f"a whole number from {least} to {most}"
+        )
+        raise UsageError("E102", name, f"{name} ({value!r}) must be {rule}", f"choose another {name}")
+    return int(value)
+
+
+def _check_prompt(where: str, prompt: Sequence[int], limit: int, vocab_size: int) -> None:
+    if not prompt:
+        raise UsageError(
+            "E102", where, "has no tokens, so nothing to continue", "begin it with the BOS token"
+        )
+    if len(prompt) > limit:
+        found = f"prompt {len(prompt)} tokens, context {limit}"
+        raise InputError("E311", where, found, f"shorten it to {limit} tokens, less what should be added")
+    strangers = [id for id in prompt if not 0 <= id < vocab_size]
+    if strangers:
+        found = f"token {strangers[0]} is not among the {vocab_size} of the model"
+        raise InputError("E309", where, found, "encode it with the tokenizer the model was trained with")
