@@ -1,0 +1,560 @@
+"""Documents -> training and validation split -> token ids on disk.
+
+A prepared folder holds train.bin and val.bin (token ids, little-endian, each document as BOS, its ids, EOS), the
+tokenizer's files, and corpus.json, which says how it was made and holds the size and sha256 of every other file.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from babyllama.data import library
+from babyllama.data.documents import PIECE, Document, Reading, cut, find_files, read_file
+from babyllama.errors import InputError, MachineError, UsageError
+from babyllama.text.tokenizer import Tokenizer
+
+FORMAT = 1  # of the prepared folder
+SMALLEST_DEFAULT = 320  # ids; the smallest vocabulary that is chosen by itself
+TOKENIZER_SAMPLE = 100 * 2**20  # bytes of text that a tokenizer is trained on, at most
+SHORTEST_PIECE = 256  # characters, when few documents have to be cut to be split
+BATCH = 2**20  # characters encoded at a time
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+Progress = Callable[[str, int, int], None]
+"""(stage, bytes done, bytes in all or 0 if unknown); the stages are "reading", "tokenizer" and "encoding"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A prepared folder, verified. `train_ids` and `val_ids` are mapped from the disk, read-only.
+
+    *_bytes      UTF-8 bytes of the text itself: what bits per byte are counted in. Tokens include BOS and EOS.
+    fingerprint  names these ids with this tokenizer, wherever the folder lies.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    train_ids: NDArray[Any]
+    val_ids: NDArray[Any]
+    train_documents: int
+    val_documents: int
+    train_bytes: int
+    val_bytes: int
+    duplicates: int
+    skipped: dict[str, int]
+    source: str
+    fingerprint: str
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def train_tokens(self) -> int:
+        return len(self.train_ids)
+
+    @property
+    def val_tokens(self) -> int:
+        return len(self.val_ids)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Corpus":
+        """The corpus in a folder that `prepare` made, after every file agreed with its size and sha256.
+
+        Raises InputError E307 (missing, damaged or changed), E208 (a newer format), E309 (ids that the tokenizer
+        does not have); MachineError E403.
+        """
+        folder = Path(folder)
+        about = _read_about(folder)
+        with _coded(folder):
+            for name, expected in about["files"].items():
+                _check_file(folder / name, expected)
+        tokenizer = Tokenizer.load(folder)
+        if (tokenizer.sha256, tokenizer.vocab_size) != (about["tokenizer_sha256"], about["vocab_size"]):
+            raise InputError(
+                "E309", folder, "was encoded with another tokenizer than lies in it", _again(folder)
+            )
+        ids = {
+            side: _map_ids(folder / f"{side}.bin", about[side]["tokens"], tokenizer)
+            for side in ("train", "val")
+        }
+        return cls(
+            folder=folder,
+            tokenizer=tokenizer,
+            train_ids=ids["train"],
+            val_ids=ids["val"],
+            train_documents=about["train"]["documents"],
+            val_documents=about["val"]["documents"],
+            train_bytes=about["train"]["bytes"],
+            val_bytes=about["val"]["bytes"],
+            duplicates=about["duplicates"],
+            skipped=about["skipped"],
+            source=about["source"],
+            fingerprint=about["fingerprint"],
+        )
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    vocab_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    val_fraction: float = 0.05,
+    seed: int = 0,
+    field: str = "text",
+    encoding: str = "utf-8",
+    on_bad_text: str = "error",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Read, split, tokenize and write a text; `out` appears complete or not at all.
+
+    source        a file, a folder (txt, md, code, jsonl, parquet), one of `library.NAMES`, or "hub:NAME".
+    vocab_size    of the tokenizer that is trained on the training side; by default what suits the text.
+    tokenizer     use this one instead.
+    val_fraction  share of the bytes that is held out, in (0, 0.5].
+    seed          of the split, which depends on nothing else but the documents: not on names, not on order.
+    field, encoding, on_bad_text  see `Reading`.
+    overwrite     replace what an earlier preparation left in `out` (never anything else).
+
+    Exact duplicates are removed first. Whole documents go to one side, unless there are so few that the share
+    could not be met: then all are cut at paragraphs. The source is read three times and never held in memory;
+    about 200 bytes are, for each document.
+
+    Raises UsageError E101-E103; InputError E301 (no text), E302 (not text in this encoding), E303 (too little),
+    E304 (vocab_size), E305 (binary), E306 (jsonl, parquet), E307 (source changed meanwhile), E308 (no such text);
+    MachineError E401 (disk full), E403 (`out` in use or not writable), E405-E407 (downloads, libraries).
+    """
+    if not 0 < val_fraction <= 0.5:
+        raise UsageError(
+            "E102", "val_fraction", f"{val_fraction}, expected a number in (0, 0.5]", "leave it at 0.05"
+        )
+    if tokenizer and vocab_size is not None:
+        raise UsageError(
+            "E103", "vocab_size", "a tokenizer was given too, which has its own", "give only one of them"
+        )
+    out = Path(out)
+    _refuse(out, overwrite)
+    reading = Reading(field=field, encoding=encoding, on_bad_text=on_bad_text)
+    texts = _open(source, reading)
+    report = progress or (lambda stage, done, total: None)
+
+    index = _Index.of(texts, seed, report)
+    validation = _choose(index.sizes, val_fraction)
+    if validation is None:  # too few documents, or too uneven ones
+        piece = min(max(int(index.characters * val_fraction), SHORTEST_PIECE), PIECE, index.characters // 2)
+        texts = texts.in_pieces(max(piece, 1))
+        index = _Index.of(texts, seed, report)
+        validation = _choose(index.sizes, val_fraction, strict=False)
+    if validation is None:
+        raise InputError(
+            "E303",
+            texts.label,
+            f"have {len(index.sizes)} distinct passage ({index.size} bytes), need 2: to train on and to validate",
+            "add more text; a few thousand characters are little",
+        )
+    train_bytes = index.size - sum(index.sizes[key] for key in validation)
+
+    if tokenizer is None:
+        documents = _tokenizer_texts(texts, index, validation, train_bytes, report)
+        size = vocab_size or default_vocab_size(train_bytes)
+        tokenizer = Tokenizer.train(documents, size, exact=vocab_size is not None)
+
+    made = out.with_name(f".{out.name}.tmp-{secrets.token_hex(6)}")
+    try:
+        with _coded(out):
+            made.mkdir(parents=True)
+            sides = _encode(texts, index, validation, tokenizer, made, report)
+            for name, data in tokenizer.files().items():
+                (made / name).write_bytes(data)
+            about = {
+                "source": texts.label,
+                "seed": seed,
+                "val_fraction": val_fraction,
+                "reading": asdict(reading),
+                "tokenizer_sha256": tokenizer.sha256,
+                "vocab_size": tokenizer.vocab_size,
+                **{name: asdict(side) for name, side in sides.items()},
+                "duplicates": index.duplicates,
+                "characters_replaced": index.replaced if on_bad_text == "replace" else 0,
+                "skipped": dict(sorted(texts.skipped.items())),
+            }
+            _write_about(made, about)
+            _publish(made, out, overwrite)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)  # nothing is left there after success
+    return Corpus.open(out)
+
+
+def default_vocab_size(bytes: int) -> int:
+    """The vocabulary that suits a training text of so many bytes: about one id for each 1000, a power of two.
+
+    Below half a megabyte the steps are finer, down to 320. More ids than that are seen too rarely to be learnt.
+    """
+    if bytes < 512_000:
+        return max(SMALLEST_DEFAULT, bytes // 1000 // 64 * 64)
+    steps = ((1_250_000, 512), (1_750_000, 1024), (5_000_000, 2048), (10_000_000, 4096), (20_000_000, 8192))
+    return next((size for limit, size in steps if bytes < limit), 16384)
+
+
+# The source, which is read several times.
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What prepare reads. `size` is in bytes, 0 if unknown; `skipped` counts files left out, by reason."""
+
+    label: str
+    read: Callable[[], Iterator[Document]]
+    size: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def in_pieces(self, size: int) -> "_Source":
+        """The same text as more documents, of about `size` characters."""
+
+        def read() -> Iterator[Document]:
+            for name, text in self.read():
+                for number, piece in enumerate(cut([text], size), 1):
+                    yield Document(f"{name}, part {number}", piece)
+
+        return _Source(label=self.label, read=read, size=self.size, skipped=self.skipped)
+
+
+def _open(source: str | Path, reading: Reading) -> _Source:
+    label = str(source)
+    if isinstance(source, str) and (source in library.NAMES or source.startswith("hub:")):
+        return _Source(label=label, read=lambda: library.named(source, reading))
+    path = Path(source)
+    if not path.exists() and not path.is_symlink():
+        raise library.unknown(label)
+    files, skipped = find_files(path, reading)
+    if not files:
+        left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items())) or "it is empty"
+        raise InputError(
+            "E301", path, f"no text files in it ({left_out})", "put .txt, .md, .jsonl or code files there"
+        )
+    with _coded(path):
+        size = sum(file.stat().st_size for file in files)
+
+    def read() -> Iterator[Document]:
+        for file in files:
+            yield from read_file(file, reading)
+
+    return _Source(label=label, read=read, size=size, skipped=skipped)
+
+
+@dataclass(kw_only=True)
+class _Index:
+    """What the first pass learns. `sizes` maps the key of each distinct document to its bytes."""
+
+    seed: int
+    sizes: dict[bytes, int] = field(default_factory=dict)
+    size: int = 0  # bytes of all of them
+    characters: int = 0
+    duplicates: int = 0
+    replaced: int = 0
+
+    @classmethod
+    def of(cls, texts: _Source, seed: int, report: Progress) -> "_Index":
+        """Raises InputError E301 when there is nothing but white space."""
+        index, read = cls(seed=seed), 0
+        for document in texts.read():
+            data = document.text.encode()
+            read += len(data)
+            report("reading", min(read, texts.size or read), texts.size)
+            key = index.key(data)
+            if not document.text.strip():
+                continue
+            if key in index.sizes:
+                index.duplicates += 1
+                continue
+            index.sizes[key] = len(data)
+            index.size += len(data)
+            index.characters += len(document.text)
+            index.replaced += document.text.count("\ufffd")
+        if not index.sizes:
+            raise InputError("E301", texts.label, "holds no text, at most white space", "give a text")
+        return index
+
+    def key(self, data: bytes) -> bytes:
+        """Equal for equal documents, and in a random order that the seed decides: 16 bytes of a sha256."""
+        return hashlib.sha256(f"{self.seed}/".encode() + data).digest()[:16]
+
+    def distinct(self, texts: _Source, stage: str, report: Progress) -> Iterator[tuple[bytes, Document, int]]:
+        """Each distinct document once, with its key and bytes. Raises E307 if the source is no longer the same."""
+        seen: set[bytes] = set()
+        done = 0
+        for document in texts.read():
+            data = document.text.encode()
+            key = self.key(data)
+            if not document.text.strip() or key in seen:
+                continue
+            if key not in self.sizes:
+                raise self._changed(texts)
+            seen.add(key)
+            done += len(data)
+            report(stage, done, self.size)
+            yield key, document, len(data)
+        if len(seen) < len(self.sizes):
+            raise self._changed(texts)
+
+    def _changed(self, texts: _Source) -> InputError:
+        return InputError(
+            "E307", texts.label, "changed while it was being read", "repeat when nothing writes to it"
+        )
+
+
+def _choose(sizes: dict[bytes, int], fraction: float, strict: bool = True) -> set[bytes] | None:
+    """The keys of the documents held out: in the order of their keys, which is random and the same everywhere,
+    until `fraction` of the bytes is reached. A document that would overshoot by half is passed over.
+
+    None when that cannot be done with whole documents: the held-out side would have less than half or more than
+    twice the bytes it should (not asked if strict is False), or one of the sides nothing.
+    """
+    wanted = fraction * sum(sizes.values())
+    chosen, reached = set(), 0
+    for key in sorted(sizes):
+        if reached >= wanted:
+            break
+        if reached + sizes[key] <= 1.5 * wanted:
+            chosen.add(key)
+            reached += sizes[key]
+    if not chosen:
+        shortest = min(sizes, key=lambda key: (sizes[key], key))
+        chosen, reached = {shortest}, sizes[shortest]
+    fair = 0.5 * wanted <= reached <= 2 * wanted
+    return chosen if len(chosen) < len(sizes) and (fair or not strict) else None
+
+
+def _tokenizer_texts(
+    texts: _Source, index: _Index, validation: set[bytes], train_bytes: int, report: Progress
+) -> Iterator[str]:
+    """The training documents, or as many of them, chosen by key, as make TOKENIZER_SAMPLE bytes."""
+    share = int(2**32 * min(1.0, TOKENIZER_SAMPLE / train_bytes))
+    for key, document, _ in index.distinct(texts, "tokenizer", report):
+        if key not in validation and int.from_bytes(key[-4:]) <= share:
+            yield document.text
+
+
+# Writing and checking a prepared folder.
+
+
+@dataclass(kw_only=True)
+class _Side:
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+
+
+def _dtype(vocab_size: int) -> np.dtype[Any]:
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def _pack(documents: list[list[int]], tokenizer: Tokenizer) -> bytes:
+    """BOS, ids, EOS of each document. An id that would not fit is an error, never wrapped around."""
+    ids = [id for document in documents for id in (tokenizer.bos_id, *document, tokenizer.eos_id)]
+    packed = np.array(ids, dtype=np.int64)
+    assert packed.min(initial=0) >= 0 and packed.max(initial=0) < tokenizer.vocab_size
+    return packed.astype(_dtype(tokenizer.vocab_size)).tobytes()
+
+
+def _encode(
+    texts: _Source,
+    index: _Index,
+    validation: set[bytes],
+    tokenizer: Tokenizer,
+    folder: Path,
+    report: Progress,
+) -> dict[str, _Side]:
+    """Write train.bin and val.bin, in the order of the source."""
+    sides = {"train": _Side(), "val": _Side()}
+    waiting: dict[str, list[str]] = {"train": [], "val": []}
+    characters = Counter[str]()
+    with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
+        files: dict[str, BinaryIO] = {"train": train, "val": val}
+
+        def write(name: str) -> None:
+            data = _pack(tokenizer.encode_batch(waiting[name]), tokenizer)
+            files[name].write(data)
+            sides[name].tokens += len(data) // _dtype(tokenizer.vocab_size).itemsize
+            waiting[name].clear()
+            characters[name] = 0
+
+        for key, document, size in index.distinct(texts, "encoding", report):
+            name = "val" if key in validation else "train"
+            sides[name].documents += 1
+            sides[name].bytes += size
+            waiting[name].append(document.text)
+            characters[name] += len(document.text)
+            if characters[name] >= BATCH:
+                write(name)
+        for name in sides:
+            write(name)
+    return sides
+
+
+def _write_about(folder: Path, about: dict[str, Any]) -> None:
+    """corpus.json, last: it vouches for every other file of the folder, and its fingerprint for itself."""
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != "corpus.json"
+    }
+    about = {
+        "format": FORMAT,
+        **about,
+        "dtype": _dtype(about["vocab_size"]).name,
+        "byte_order": "little",
+        "files": files,
+    }
+    about["fingerprint"] = _fingerprint(about)
+    (folder / "corpus.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _fingerprint(about: dict[str, Any]) -> str:
+    """sha256 of what corpus.json says, except for the path of the source."""
+    told = {key: value for key, value in about.items() if key not in ("source", "fingerprint")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    path = folder / "corpus.json"
+    if not path.is_file():
+        raise InputError("E307", folder, "holds no prepared data (no corpus.json)", _again(folder))
+    try:
+        with _coded(path):
+            about = json.loads(path.read_bytes())
+        newer = about["format"] > FORMAT
+        intact = about["fingerprint"] == _fingerprint(about)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        newer = intact = False
+        about = {}
+    if newer:
+        found = f"prepared data of format {about['format']}, this version reads up to {FORMAT}"
+        raise InputError("E208", path, found, "update:  pip install --upgrade baby-llama")
+    if not intact:
+        raise InputError("E307", path, "was changed or damaged", _again(folder))
+    return about
+
+
+def _check_file(path: Path, expected: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise InputError("E307", path, "is missing", _again(path.parent))
+    if (size := path.stat().st_size) != expected["size"]:
+        raise InputError("E307", path, f"has {size} bytes, expected {expected['size']}", _again(path.parent))
+    if _sha256(path) != expected["sha256"]:
+        raise InputError("E307", path, "sha256 differs from corpus.json (file damaged)", _again(path.parent))
+
+
+def _map_ids(path: Path, tokens: int, tokenizer: Tokenizer) -> NDArray[Any]:
+    """The ids of a file. Raises E307 unless there are so many, E309 unless all are in the vocabulary."""
+    dtype = _dtype(tokenizer.vocab_size)
+    if tokens < 1 or path.stat().st_size != tokens * dtype.itemsize:
+        raise InputError(
+            "E307", path, f"does not hold the {tokens} tokens of corpus.json", _again(path.parent)
+        )
+    ids = np.memmap(path, dtype=dtype, mode="r")
+    for start in range(0, len(ids), BATCH):
+        part = ids[start : start + BATCH]
+        if part.max() >= tokenizer.vocab_size:
+            at = int(part.argmax())
+            found = f"id {part[at]} at index {start + at} is outside the vocabulary of {tokenizer.vocab_size}"
+            raise InputError("E309", path, found, _again(path.parent))
+    return ids
+
+
+def _again(folder: Path) -> str:
+    return f"prepare the text again:  babyllama data TEXT --out {folder} --overwrite"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse(out: Path, overwrite: bool) -> None:
+    """Raises E403 unless `out` is free, or holds prepared data that may be replaced."""
+    with _coded(out):
+        if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+            return
+        if not (out / "corpus.json").is_file():
+            raise MachineError(
+                "E403", out, "exists, and is no prepared data", "choose another folder:  --out DIR"
+            )
+        if not overwrite:
+            raise MachineError(
+                "E403", out, "holds prepared data", "replace it with --overwrite, or choose another --out"
+            )
+
+
+def _publish(made: Path, out: Path, overwrite: bool) -> None:
+    """Put everything on the disk, then give the folder its name: of two preparations one wins, whole."""
+    for path in made.iterdir():
+        _sync(path)
+    _sync(made)
+    _refuse(out, overwrite)  # as late as possible; the rename below decides
+    old = None
+    if out.is_dir():
+        if any(out.iterdir()):
+            old = out.with_name(f".{out.name}.old-{secrets.token_hex(6)}")
+            out.rename(old)
+        else:
+            with suppress(OSError):
+                out.rmdir()  # Windows does not rename onto a folder, even an empty one
+    try:
+        made.rename(out)
+    except OSError:
+        if old:
+            with suppress(OSError):
+                old.rename(out)
+        elif os.path.lexists(out):
+            found = "another preparation finished there first"
+            raise MachineError("E403", out, found, "use what it made, or choose another --out") from None
+        raise
+    finally:
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
+    _sync(out.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name != "posix" and path.is_dir():
+        return  # elsewhere a folder cannot be opened
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _coded(path: Path) -> Iterator[None]:
+    """The operating system's errors, with our codes."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        if error.errno in FULL:
+            raise MachineError(
+                "E401",
+                where,
+                f"no space left ({error.strerror})",
+                "free some space, or choose another disk:  --out DIR",
+            ) from error
+        raise MachineError(
+            "E403", where, f"cannot be used: {error.strerror}", "check the path and its permissions"
+        ) from error
