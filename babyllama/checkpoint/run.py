@@ -67,16 +67,20 @@ class Run:
     def create(cls, path: Path, settings: Mapping[str, Any]) -> "Run":
         """Start a run at `path`, which must be free. Raises MachineError E403 when it holds something already."""
         path = Path(path)
+        cls.refuse_taken(path)
+        replace_file(path / RUN_JSON, json.dumps({"format": FORMAT, **settings}, indent=1).encode())
+        return cls(path)
+
+    @staticmethod
+    def refuse_taken(path: Path) -> None:
+        """Raises MachineError E403 unless a run can start at `path`: it is free, or holds the beginnings of one."""
         if (path / RUN_JSON).exists():
-            raise MachineError(
-                "E403", str(path), "already holds a run", f"go on with it:  babyllama train --resume {path}"
-            )
-        if path.exists() and (not path.is_dir() or any(entry.name not in OURS for entry in path.iterdir())):
+            fix = f"go on with it:  babyllama train --resume {path}"
+            raise MachineError("E403", str(path), "already holds a run", fix)
+        if path.exists() and not (path.is_dir() and OURS.issuperset(entry.name for entry in path.iterdir())):
             raise MachineError(
                 "E403", str(path), "exists and is not a run", "choose an empty or a new folder with --out"
             )
-        replace_file(path / RUN_JSON, json.dumps({"format": FORMAT, **settings}, indent=1).encode())
-        return cls(path)
 
     # ---- steps -------------------------------------------------------------------------------
 
@@ -120,8 +124,8 @@ class Run:
             raise self._nothing_saved([])
         return -min(scores)[1]
 
-    def verify(self, step: int) -> None:
-        """Raises InputError E207 when there is no such step, or what verify_folder finds wrong with it."""
+    def checked(self, step: int) -> Path:
+        """The folder of `step`, verified. Raises InputError E207 when there is none, or what verify_folder finds."""
         if step not in self.steps():
             saved = ", ".join(map(str, self.steps())) or "none"
             raise InputError(
@@ -131,6 +135,7 @@ class Run:
                 "choose one of these with --step",
             )
         verify_folder(self.folder(step))
+        return self.folder(step)
 
     def newest_intact(self) -> tuple[int, list[InputError]]:
         """The highest step whose every byte is what it was, and what was wrong with the ones passed over.

@@ -140,7 +140,7 @@ class _Training:
         if wanted is None and self.run.steps():
             wanted, passed_over = self.run.newest_intact()
         elif wanted is not None:
-            self.run.verify(wanted)
+            self.run.checked(wanted)
         if wanted is None:
             self.model = Llama(self.plan.model, seed=self.plan.seed).to(self.plan.device)
             self.optimizer = adamw(self.model, self.plan)
@@ -322,7 +322,7 @@ class _Training:
             (name, weight.grad) for name, weight in self.model.named_parameters() if weight.grad is not None
         )
         first = next((name for name, grad in gradients if not bool(torch.isfinite(grad).all())), "the loss")
-        fix = f"resume with a lower learning rate:  babyllama train --resume {self.run.path} --set learning_rate={self.plan.learning_rate / 2:g}"
+        fix = f"start a new run with a lower learning rate:  --set learning_rate={self.plan.learning_rate / 4:.2g}"
         return NumericalError("E501", f"step {self.step}", f"loss {loss}, and not finite: {first}", fix)
 
     def _record(self, **values: Any) -> None:

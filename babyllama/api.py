@@ -1,0 +1,310 @@
+"""The surface in Python: train a Llama on a text, load any model, ask it for text or for numbers.
+
+import babyllama
+
+run = babyllama.train("fairy-tales", minutes=3, out="runs/tales")
+llama = babyllama.load("runs/tales")
+print(llama.generate("Once upon a time", max_tokens=200, temperature=0.8, top_p=0.95, seed=1))
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from babyllama import machine
+from babyllama.checkpoint.hf import build, read_config, read_model
+from babyllama.checkpoint.llama2c import read_llama2c
+from babyllama.checkpoint.run import RUN_JSON, Run, locked
+from babyllama.data.corpus import Corpus, prepare
+from babyllama.errors import InputError, NumericalError, UsageError
+from babyllama.generate.engine import generate
+from babyllama.generate.sample import Sampling
+from babyllama.model import Config, Llama
+from babyllama.text.stream import TextStream
+from babyllama.text.tokenizer import Tokenizer
+from babyllama.train import loop
+from babyllama.train.evaluate import score
+from babyllama.train.recipe import Plan, plan, plan_from_json, plan_to_json
+
+DATA = "data"  # the folder of a run in which its prepared text stands
+SAMPLE_TOKENS = 48  # of the text shown at each evaluation
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Told once, before the first step."""
+
+    plan: Plan
+    corpus: Corpus
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def train(
+    text: str | Path,
+    *,
+    out: str | Path,
+    minutes: float | None = None,
+    steps: int | None = None,
+    size: str | None = None,
+    device: str | None = None,
+    vocab_size: int | None = None,
+    field: str = "text",
+    encoding: str = "utf-8",
+    on_bad_text: str = "error",
+    tell: Callable[[Any], None] = lambda event: None,
+    progress: Callable[[str, int, int], None] | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a Llama on `text` and return its run folder.
+
+    text      a file, a folder, a named text ("fairy-tales", "shakespeare", "hub:NAME") or a folder of prepared data.
+    minutes   of wall clock; or `steps`; neither: 10 minutes.
+    size      parameters wished for, as "3M"; None: chosen for this text and this time.
+    field, encoding, on_bad_text  how files are read, see data/documents.py; with vocab_size, not for prepared data.
+    tell      hears of everything that happens: Planned, then the events of train/loop.py, an Outcome last.
+    settings  any field of recipe.Plan, for example learning_rate=1e-3.
+
+    Raises the coded errors of babyllama.errors. Whatever they are, what was saved before stays.
+    """
+    out = Path(out)
+    with locked(out):
+        Run.refuse_taken(out)
+        if (Path(text) / "corpus.json").is_file():
+            corpus, data = Corpus.open(text), str(Path(text).resolve())
+        else:
+            corpus, data = (
+                prepare(
+                    text,
+                    out / DATA,
+                    vocab_size=vocab_size,
+                    field=field,
+                    encoding=encoding,
+                    on_bad_text=on_bad_text,
+                    overwrite=True,
+                    progress=progress,
+                ),
+                DATA,
+            )
+        chosen = plan(
+            vocab_size=corpus.vocab_size,
+            text_bytes=corpus.train_bytes,
+            train_tokens=len(corpus.train_ids),
+            minutes=minutes,
+            steps=steps,
+            size=size,
+            device=device,
+            settings=settings,
+        )
+        check_device(chosen.device)
+        facts = {
+            "text": str(text),
+            "data": data,
+            "fingerprint": corpus.fingerprint,
+            "plan": plan_to_json(chosen),
+            "torch": torch.__version__,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        run = Run.create(out, facts)
+        _train(run, chosen, corpus, None, tell)
+    return run
+
+
+def resume(
+    path: str | Path, *, step: int | None = None, tell: Callable[[Any], None] = lambda event: None
+) -> Run:
+    """Go on with the run at `path` from its newest intact saved step, or from `step`.
+
+    A run of so many steps on a CPU ends with the same bits as one that was never stopped.
+
+    Raises InputError E201 (not a run), E207 (no intact step), E307 (its data was changed), and those of train.
+    """
+    Run(Path(path))  # before a lock file is left in a folder that is none of ours
+    with locked(Path(path)):
+        run = Run(Path(path))
+        chosen = plan_from_json(run.settings["plan"])
+        data = Path(run.settings["data"])
+        corpus = Corpus.open(run.path / data)  # an absolute path stays what it is
+        if corpus.fingerprint != run.settings["fingerprint"]:
+            fix = "restore the data, or start a new run"
+            raise InputError(
+                "E307", str(run.path / data), "is not the data that this run was started with", fix
+            )
+        if chosen.device != "cpu" and not machine.has_device(chosen.device):
+            chosen = replace(chosen, device=machine.best_device(), precision="float32")
+        check_device(chosen.device)
+        _train(run, chosen, corpus, step, tell)
+    return run
+
+
+def _train(run: Run, chosen: Plan, corpus: Corpus, step: int | None, tell: Callable[[Any], None]) -> None:
+    tell(Planned(chosen, corpus))
+
+    def sample(model: Llama) -> str:
+        writer = LoadedLlama(chosen.model, corpus.tokenizer, model)
+        return writer.generate(
+            "", max_tokens=min(SAMPLE_TOKENS, chosen.context - 1), temperature=0.8, top_p=0.95
+        )
+
+    tell(loop.train(run, chosen, corpus, step=step, tell=tell, sample=sample))
+
+
+def check_device(device: str) -> None:
+    """Raises NumericalError E503 when a GPU computes wrong numbers. The CPU is what it is compared with."""
+    if device == "cpu":
+        return
+    check = machine.self_check(device)
+    if not check.passed:
+        raise NumericalError("E503", device, str(check), "train on the CPU:  --device cpu")
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, *, step: int | None = None, tokenizer: str | Path | None = None) -> "LoadedLlama":
+    """Open a model: a run (its best step, or `step`), a saved step, a Hugging Face folder or a llama2.c file.
+
+    tokenizer  a tokenizer file, where the format does not carry one (llama2.c).
+
+    Raises InputError E201 when nothing at `path` is a model; E202, E203, E205, E209 when one is broken.
+    """
+    path = find(path, step)
+    if path.is_dir():
+        config, weights = read_model(path)
+        return LoadedLlama(config, Tokenizer.load(tokenizer or path), weights=weights)
+    config, weights = read_llama2c(path)
+    if tokenizer is None:
+        found = "is a llama2.c file, which carries no tokenizer"
+        raise UsageError("E103", str(path), found, "name its tokenizer file:  --tokenizer tokenizer.bin")
+    return LoadedLlama(config, Tokenizer.load(tokenizer), weights=weights)
+
+
+def load_config(path: str | Path) -> Config:
+    """The sizes of the model at `path`, which may also be a config.json. Raises what `load` does."""
+    if Path(path).suffix == ".json" and Path(path).is_file():
+        return read_config(Path(path))
+    path = find(path)
+    return read_config(path / "config.json") if path.is_dir() else read_llama2c(path)[0]
+
+
+def find(path: str | Path, step: int | None = None) -> Path:
+    """Where the model at `path` lies: a Hugging Face folder (of a run: its best step, or `step`) or a file.
+
+    Raises InputError E201 when there is nothing that could be a model.
+    """
+    path = Path(path)
+    if (path / RUN_JSON).is_file():
+        run = Run(path)
+        return run.folder(run.best()) if step is None else run.checked(step)
+    if (path / "config.json").is_file() or path.is_file():
+        return path
+    found = "holds no model" if path.exists() else "does not exist"
+    fix = "give a run folder, a saved step, a Hugging Face folder or a llama2.c file"
+    raise InputError("E201", str(path), found, fix)
+
+
+class LoadedLlama:
+    """A model with its tokenizer. `config`, `tokenizer` and `model` are what they are called."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        model: Llama | None = None,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self._model, self._weights = model, weights
+        if tokenizer.vocab_size > config.vocab_size:
+            found = f"has ids up to {tokenizer.vocab_size - 1}, the model knows {config.vocab_size}"
+            raise InputError(
+                "E309", "the tokenizer", found, "use the tokenizer that the model was trained with"
+            )
+
+    @cached_property
+    def model(self) -> Llama:
+        """The torch module, built when first asked for."""
+        return self._model if self._model is not None else build(self.config, self._weights or {})
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a prompt: one BOS and the text."""
+        return self.tokenizer.encode(text, bos=True)
+
+    def generate(self, prompt: str, **options: Any) -> str:
+        """The text that follows `prompt`; see `stream` for the options."""
+        return "".join(self.stream(prompt, **options))
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        enough: Callable[[str], bool] | None = None,
+    ) -> Iterator[str]:
+        """The same piece by piece: whole characters only, and nothing of a stop string.
+
+        Ends after max_tokens, at an end token, at a string of `stop`, at the end of the context, or when `enough`, which
+        is shown the text so far, says so.
+
+        Raises UsageError E102 (a value out of range), InputError E311 (prompt too long), NumericalError E502.
+        """
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        tokens = generate(
+            self.model,
+            [self.encode(prompt)],
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop_ids=self.tokenizer.eos_ids,
+        )
+        stream, text = TextStream(self.tokenizer, stop), ""
+        for token in tokens:
+            piece = stream.push(token.id)
+            text += piece
+            if piece:
+                yield piece
+            if stream.stopped or (enough is not None and enough(text)):
+                break
+        if piece := stream.flush():
+            yield piece
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """float32 (T, V): after each of the T ids, the logits of the next one. Raises InputError E309, E311."""
+        if not 0 < len(ids) <= self.config.max_seq_len:
+            found = f"has {len(ids)} tokens, the context holds 1 to {self.config.max_seq_len}"
+            raise InputError("E311", "the sequence", found, "give a shorter one")
+        if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+            raise InputError(
+                "E309",
+                "the sequence",
+                f"holds an id outside 0 .. {self.config.vocab_size - 1}",
+                "use this model's tokenizer",
+            )
+        return self.model(torch.tensor([list(ids)]))[0].float().numpy()
+
+    def bits_per_byte(self, text: str) -> float:
+        """How many bits this model needs for each byte of `text`; lower is better, 8 is what a blind guess needs."""
+        ids = np.asarray(self.encode(text))
+        return score(self.model, ids, self.tokenizer.byte_lengths(), self.config.max_seq_len).bits_per_byte

@@ -1,0 +1,243 @@
+"""What a person sees in the terminal: a plan, a run as it goes, tables. Rich draws; nothing is computed here."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def printable(text: str) -> str:
+    """`text` without the control characters that could move the cursor or recolour the terminal: they become ␛-like signs."""
+    return "".join(c if c in "\n\t" or c.isprintable() else _sign(c) for c in text)
+
+
+def _sign(character: str) -> str:
+    code = ord(character)
+    return chr(0x2400 + code) if code < 32 else "�" if character == "�" else f"\\u{code:04x}"
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Text of a model: never read as markup, never a control sequence."""
+    console.out(printable(text), end=end, highlight=False)
+
+
+def facts(rows: list[tuple[str, str]], title: str = "") -> None:
+    """Names on the left, what they are on the right."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    if title:
+        console.print(f"[bold]{escape(title)}[/bold]")
+    console.print(Padding(table, (0, 2)))
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def count(number: float) -> str:
+    """3,012,480 -> "3.0M"."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def size(number: float) -> str:
+    """Bytes as a person reads them: "11.5 MiB"."""
+    for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= bytes_:
+            return f"{number / bytes_:.1f} {unit}"
+    return f"{number:.0f} bytes"
+
+
+def duration(seconds: float) -> str:
+    """125 -> "2:05"."""
+    if not 0 <= seconds < 1e7:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+# ---- preparing a text ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def preparing() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for the stages of reading a text; gives the function that is told (stage, bytes done, bytes in all)."""
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:3.0f} %"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("reading", total=None)
+
+        def told(stage: str, done: int, total: int) -> None:
+            progress.update(task, description=stage, completed=done, total=total or None)
+            if stage == "encoding" and done >= total:
+                progress.stop()
+
+        yield told
+
+
+# ---- a run ---------------------------------------------------------------------------------------
+
+
+class TrainingScreen:
+    """Shows the events of a run: a live line in a terminal, plain lines in a file or a pipe."""
+
+    def __init__(self) -> None:
+        self.bits: float | None = None
+        self.outcome: Any = None
+        columns = (
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:3.0f} %"),
+            TextColumn("{task.description}"),
+        )
+        self.live = Progress(*columns, console=console, transient=True, refresh_per_second=4)
+        self.task = self.live.add_task("", total=1.0)
+
+    def __enter__(self) -> "TrainingScreen":
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.live.stop()
+
+    def __call__(self, event: Any) -> None:
+        getattr(self, f"_{type(event).__name__.lower()}", lambda event: None)(event)
+
+    def _planned(self, event: Any) -> None:
+        plan, corpus = event.plan, event.corpus
+        from babyllama import costs
+
+        until = f"{plan.steps:,} steps" if plan.steps else f"{plan.seconds / 60:g} minutes"
+        where = f"{plan.threads} cores" if plan.device == "cpu" else plan.device
+        m = plan.model
+        facts(
+            [
+                (
+                    "text",
+                    f"{corpus.train_bytes + corpus.val_bytes:,} bytes in {corpus.train_documents + corpus.val_documents:,} "
+                    f"documents; {corpus.val_documents} of them ({corpus.val_bytes:,} bytes) held out for validation",
+                ),
+                (
+                    "tokens",
+                    f"{len(corpus.train_ids):,} to learn from, of a vocabulary of {corpus.vocab_size:,}; "
+                    f"{corpus.train_bytes / max(1, len(corpus.train_ids)):.2f} bytes each",
+                ),
+                (
+                    "model",
+                    f"{count(costs.parameters(m).total)} parameters: {m.n_layers} layers, {m.dim} wide, "
+                    f"{m.n_heads} heads, context {m.max_seq_len}",
+                ),
+                ("step", f"{plan.tokens_per_step:,} tokens, learning rate up to {plan.learning_rate:.2g}"),
+                ("training", f"{until} on {where}, products in {plan.precision}"),
+            ]
+        )
+        console.print()
+
+    def _started(self, event: Any) -> None:
+        for problem in event.passed_over:
+            console.print(f"[yellow]passed over[/yellow] {escape(problem.where)}: {escape(problem.found)}")
+        if event.step:
+            console.print(f"Going on from step {event.step:,}.")
+        if console.is_terminal:
+            self.live.start()
+
+    def _stepped(self, event: Any) -> None:
+        if not console.is_terminal:
+            return
+        parts = [f"step {event.step:,}", f"loss {event.loss:.2f}"]
+        if self.bits is not None:
+            parts.append(f"{self.bits:.2f} bits/byte")
+        parts.append(f"{event.tokens_per_second:,.0f} tokens/s")
+        if event.memory is not None and console.width >= 110:
+            parts.append(size(event.memory))
+        parts.append(f"{duration(event.seconds_left)} left")
+        shown = parts if console.width >= 90 else [parts[0], parts[-1]]
+        self.live.update(self.task, completed=event.progress, description=" · ".join(shown))
+
+    def _evaluated(self, event: Any) -> None:
+        self.bits = event.score.bits_per_byte
+        star = " [green]best so far[/green]" if event.best else ""
+        console.print(
+            f"step {event.step:>6,}   [bold]{event.score.bits_per_byte:.3f}[/bold] bits per byte ± {event.score.error:.3f}{star}"
+        )
+        if event.sample:
+            words = " ".join(event.sample.split())
+            console.print(
+                Padding(Text(printable(words), style="dim", overflow="ellipsis", no_wrap=True), (0, 0, 0, 3))
+            )
+
+    def _outcome(self, event: Any) -> None:
+        self.live.stop()
+        self.outcome = event
+        if event.score is not None:
+            console.print(
+                f"\nDone after {event.step:,} steps: [bold]{event.score.bits_per_byte:.3f}[/bold] bits per byte "
+                f"± {event.score.error:.3f} on all of the held-out text ({event.score.bytes:,} bytes)."
+            )
+
+
+# ---- costs ---------------------------------------------------------------------------------------
+
+
+def costs_table(cost: Any) -> Table:
+    """What a model costs, component by component."""
+    table = Table(box=None, padding=(0, 2), pad_edge=True)
+    for name in ("", "embedding", "attention", "feed-forward", "norms", "head", "total"):
+        table.add_column(
+            name, justify="left" if not name else "right", style="bold" if name == "total" else ""
+        )
+    n, forward, training = cost.parameters, cost.forward_flops, cost.training_flops
+    table.add_row(
+        "parameters",
+        *(count(x) for x in (n.embedding, n.attention, n.feed_forward, n.norms, n.head, n.total)),
+    )
+    for name, flops in (("FLOPs a token", forward), ("in training", training)):
+        attention = flops.attention_matrices + flops.attention_scores
+        table.add_row(
+            name, "", count(attention), count(flops.feed_forward), "", count(flops.head), count(flops.total)
+        )
+    memory = cost.training_bytes
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimiser": memory.optimizer,
+        "activations": memory.activations,
+    }
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(table)
+    grid.add_row("")
+    shown = ", ".join(f"{name} {size(number)}" for name, number in parts.items())
+    rows = f"{cost.batch_size} row{'s' if cost.batch_size > 1 else ''} of {cost.context:,} tokens"
+    grid.add_row(f"  [dim]memory to train ({rows})[/dim]  [bold]{size(memory.total)}[/bold]: {shown}")
+    grid.add_row(f"  [dim]memory of the cache ({rows})[/dim]  [bold]{size(cost.cache_bytes)}[/bold]")
+    return grid
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def show_error(error: Any) -> None:
+    """A coded error, on stderr: the code in colour, the words as they are."""
+    head, _, rest = str(error).partition(": ")
+    errors.print(
+        Text(head + ": ", style="bold red" if sys.stderr.isatty() else ""),
+        Text(printable(rest)),
+        sep="",
+        soft_wrap=True,
+    )
