@@ -20,7 +20,7 @@ story: $(VENV)/.installed
 	$(BIN)/babyllama story
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not torture"
+	$(BIN)/python -m pytest
 
 check: lint test
 

@@ -86,6 +86,16 @@ def accelerators() -> tuple[Accelerator, ...]:
     return tuple(found)
 
 
+def devices() -> list[str]:
+    """Every device to compute on: "cpu", and each accelerator by its full name."""
+    return ["cpu", *(one.device for one in accelerators())]
+
+
+def has_device(device: str) -> bool:
+    """Whether this machine has it; "cuda" stands for "cuda:0"."""
+    return ("cuda:0" if device == "cuda" else device) in devices()
+
+
 def logical_cores(root: Path = Path("/")) -> int:
     """Hardware threads that this process may run on at once, at least 1."""
     return max(1, math.ceil(min(len(_allowed_cpus()), _cgroup_cpus(root))))
@@ -423,16 +433,11 @@ def self_check(device: str = "cpu") -> SelfCheck:
     Raises UsageError E101 when torch has no such device.
     """
     start = time.perf_counter()
-    _refuse_unknown(device)
+    if not has_device(device):
+        found = f"no such device, expected one of {', '.join(devices())}"
+        raise UsageError("E101", device, found, "choose one of them")
     logits, gradients = _model_error(device)
     return SelfCheck(device, logits, gradients, _product_error(device), time.perf_counter() - start)
-
-
-def _refuse_unknown(device: str) -> None:
-    known = ["cpu", *(one.device for one in accelerators())]
-    if device not in known and not (device == "cuda" and "cuda:0" in known):
-        found = f"no such device, expected one of {', '.join(known)}"
-        raise UsageError("E101", device, found, "choose one of them")
 
 
 def _model_error(device: str) -> tuple[float, float]:

@@ -190,6 +190,12 @@ def test_the_best_device_is_one_that_this_machine_has():
     assert machine.best_device() != "cpu" or names == ["cpu"]
 
 
+def test_devices_are_known_by_name():
+    assert machine.has_device("cpu") and machine.has_device(machine.best_device())
+    assert not machine.has_device("cuda:99") and not machine.has_device("abacus")
+    assert machine.has_device("cuda") == torch.cuda.is_available()
+
+
 def test_precision_is_measured_both_ways_and_follows_its_rule():
     measured = machine.measure_precision()
     assert measured.float32 > 1e8 and measured.bfloat16 > 1e6
