@@ -5,19 +5,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Read by the libraries when they are loaded, here and in the processes that tests start.
+# For the libraries, here and in the processes that tests start. They read it when they are loaded.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and forked processes do not go together
-os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = (
-    "2"  # sums are split, so rounded, the same way
-)
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import pytest
+import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
 assert "babyllama" not in sys.modules, "babyllama was imported before its shapes could be checked"
 install_import_hook("babyllama", "beartype.beartype")
+
+# One thread: sums are rounded in the same order on every machine, and where other programs run too, threads that
+# wait for one another make a small model ten times slower.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = (
@@ -48,9 +51,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
     for_gpu = [item for item in items if item.get_closest_marker("cuda")]
-    if for_gpu:
-        import torch
-
-        if not torch.cuda.is_available():
-            for item in for_gpu:
-                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+    if for_gpu and not torch.cuda.is_available():
+        for item in for_gpu:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
