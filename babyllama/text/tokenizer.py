@@ -321,7 +321,7 @@ def _bytes_of_letters() -> dict[str, int]:
 def _ends(
     files: Mapping[str, bytes], vocab: dict[str, int], size: int, where: object
 ) -> tuple[int, int, frozenset[int]]:
-    """BOS, EOS and all ids that end a text. generation_config.json holds ids (one or a list), others names."""
+    """BOS, EOS and all ids that end a text. generation_config.json holds ids (one or a list), the other names."""
     begins: list[int] = []
     stops: list[int] = []
 
@@ -334,7 +334,7 @@ def _ends(
         if isinstance(name, str) and name in vocab:
             yield vocab[name]
 
-    for name in CONFIGS[::-1]:
+    for name in ("generation_config.json", "tokenizer_config.json"):
         if name in files:
             config = _parse(files[name], name)
             begins += [*ids_in(config.get("bos_token_id")), *id_named(config.get("bos_token"))]
