@@ -55,6 +55,7 @@ def generate(
 ) -> "Generation":
     """Continue every prompt, all in one batch, and yield each token as soon as it is chosen.
 
+    model          in eval mode while this runs, and then as it was before.
     prompts        token ids, with the BOS where the model wants one. Their lengths may differ.
     max_tokens     new tokens for each prompt, at most. 0 gives none.
     stop_ids       a row ends at any of these; the id itself is not yielded.
@@ -112,13 +113,16 @@ class Generation(Iterator[Token]):
         _whole("max_tokens", max_tokens, 0)
         _whole("prefill_chunk", prefill_chunk, 1)
         for row, prompt in enumerate(prompts):
-            _check_prompt(
-                "prompt" if len(prompts) == 1 else f"prompt {row}", prompt, limit, model.config.vocab_size
-            )
+            where = "prompt" if len(prompts) == 1 else f"prompt {row}"
+            _check_prompt(where, prompt, limit, model.config.vocab_size)
         self._model, self._sampling, self._stop_ids = model, sampling, stop_ids
         self._prompts = [list(prompt) for prompt in prompts]
         self._streams = list(range(len(prompts)) if streams is None else streams)
-        assert len(self._streams) == len(prompts), "one stream for each prompt"
+        for stream in self._streams:
+            _whole("streams", stream, 0)
+        if len(self._streams) != len(prompts):
+            found = f"{len(self._streams)} streams for {len(prompts)} prompts"
+            raise UsageError("E102", "streams", found, "give one stream for each prompt, or none at all")
         self._chunk = prefill_chunk
         self._ends = [min(len(prompt) + max_tokens, limit) for prompt in prompts]  # length of a finished row
         self.reasons: list[Reason | None] = [
@@ -166,22 +170,24 @@ class Generation(Iterator[Token]):
             streams, positions = [self._streams[row] for row in running], [lengths[row] for row in running]
             seen_here = None if seen is None else seen[running]
             ids = sample(logits[running], self._sampling, seen_here, streams, positions)
-            fresh: list[list[int]] = [[] for _ in rows]  # the new token of each row that goes on
             for row, id in zip(running, ids.tolist(), strict=True):
                 if self.reasons[row] is not None:  # stopped from outside, while this loop stood at a yield
                     continue
                 if id in self._stop_ids:
                     self.reasons[row] = "stop"
                     continue
-                fresh[row], position = [id], lengths[row]
+                position = lengths[row]
                 lengths[row] += 1
                 if seen is not None:
                     seen[row, id] = True
                 if lengths[row] == self._ends[row]:
                     self.reasons[row] = "length"
                 yield Token(row, id, position)
-            if self._running():
-                logits = self._pass(cache, fresh)
+            fresh = {
+                row: [id] for row, id in zip(running, ids.tolist(), strict=True) if self.reasons[row] is None
+            }
+            if fresh:
+                logits = self._pass(cache, [fresh.get(row, []) for row in range(len(rows))])
 
     def _prefill(self, cache: KVCache, prompts: list[list[int]]) -> Float[np.ndarray, "B V"]:
         """Work through the prompts, all from their beginnings; the logits after the last token of each."""
@@ -209,16 +215,19 @@ class Generation(Iterator[Token]):
 
 
 def _whole(name: str, value: int, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least or (most and value > most):
-        rule = (
-            f"a whole number, {least} or above" if most is None else f"a whole number from {least} to {most}"
-        )
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Integral)
+        or value < least
+        or (most is not None and value > most)
+    ):
+        rule = f"a whole number from {least} " + ("up" if most is None else f"to {most}")
         raise UsageError("E102", name, f"{name} ({value!r}) must be {rule}", f"choose another {name}")
     return int(value)
 
 
 def _check_prompt(where: str, prompt: Sequence[int], limit: int, vocab_size: int) -> None:
-    if not prompt:
+    if len(prompt) == 0:
         raise UsageError(
             "E102", where, "has no tokens, so nothing to continue", "begin it with the BOS token"
         )
