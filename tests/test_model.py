@@ -317,6 +317,11 @@ def test_tables_stay_right_at_position_100000_when_the_model_is_bfloat16() -> No
         assert error < 0.01  # a rounding of bfloat16; tables in bfloat16 would be wrong by 1
 
 
+def test_rotation_adds_one_rounding_only() -> None:
+    x, rope = normal(1, 4, 50, 32).bfloat16(), rope_tables(small(head_dim=32), torch.arange(50)[None])
+    assert torch.equal(rotate(x, rope), rotate(x.float(), rope).bfloat16())
+
+
 def test_frequencies_are_float32_whatever_the_default_type_is() -> None:
     expected = rope_frequencies(small())
     torch.set_default_dtype(torch.bfloat16)
@@ -351,6 +356,15 @@ def test_attention_is_its_formula_with_query_heads_sharing_in_groups(n_kv_heads:
                     ]
                     expected = sum(e * values[s] for s, e in enumerate(exponentials)) / sum(exponentials)
                     torch.testing.assert_close(result[b, h, t], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_softmax_is_computed_in_float32() -> None:
+    q, k, v = (normal(2, 4, 40, 16, seed=seed).bfloat16() for seed in range(3))
+    seen: dict[str, Tensor] = {}
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
+    attend(q, k, v, mask, lambda name, tensor: seen.setdefault(name, tensor))
+    assert seen["weights"].dtype == torch.bfloat16
+    assert torch.equal(seen["weights"], seen["masked_scores"].float().softmax(-1).bfloat16())
 
 
 def test_later_tokens_do_not_change_earlier_logits() -> None:
