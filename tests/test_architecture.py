@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,16 @@ def test_no_module_is_named_for_having_no_subject():
         part.removesuffix(".py") for path in PACKAGE.rglob("*.py") for part in path.relative_to(PACKAGE).parts
     }
     assert names.isdisjoint(FORBIDDEN_NAMES)
+
+
+def test_everything_imported_from_outside_is_a_declared_dependency():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = {
+        re.split(r"[^\w-]", each)[0] for each in project["dependencies"] + extras["parquet"] + extras["hub"]
+    }
+    outside = {name.partition(".")[0] for path in PACKAGE.rglob("*.py") for name in imported(path)}
+    assert outside - sys.stdlib_module_names - {"babyllama"} <= declared
 
 
 # ---- what an import costs
