@@ -1,7 +1,8 @@
 """Folders that appear whole or not at all, and that notice when a byte of them changes.
 
-A folder is written beside its place under a hidden name, every file flushed to the disk, `manifest.json` (name, size and
-sha256 of each file) last, and then renamed: at no moment does its final name stand for half of it. Standard library only.
+A folder is written beside its place under a hidden name, every file flushed to the disk, `manifest.json` (name, size
+and sha256 of each file) last, and then renamed: at no moment does its final name stand for half of it. Standard
+library only.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from babyllama.errors import InputError, MachineError
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # raised when an older reader could misread what is written
+SEAL = "sha256 of the above"
+FROM_ELSEWHERE = "use an older step, or copy the folder again"
 LARGEST_JSON = 4 * 2**20  # bytes
 
 
@@ -41,8 +44,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], facts: Mapping[str, A
         for name, content in files.items():
             _write_durably(half_done / name, content)
             listed[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        manifest = {"format": FORMAT, **(facts or {}), "files": listed}
-        _write_durably(half_done / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _write_durably(half_done / MANIFEST, _sealed({"format": FORMAT, **(facts or {}), "files": listed}))
         _sync_folder(half_done)
         half_done.rename(folder)
         _sync_folder(parent)
@@ -60,11 +62,13 @@ def verify_folder(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     version, files = manifest.get("format"), manifest.get("files")
     if not isinstance(version, int) or not isinstance(files, dict) or not files:
-        raise InputError(
-            "E206", str(folder / MANIFEST), "lists no files", "use an older step, or copy the folder again"
-        )
+        raise InputError("E206", str(folder / MANIFEST), "lists no files", FROM_ELSEWHERE)
     if version > FORMAT:
         raise newer_version(folder / MANIFEST, version)
+    if (folder / MANIFEST).read_bytes() != _sealed(
+        {key: value for key, value in manifest.items() if key != SEAL}
+    ):
+        raise InputError("E206", str(folder / MANIFEST), "was changed (file damaged)", FROM_ELSEWHERE)
     for name, said in files.items():
         path = folder / name
         if Path(name).name != name or not isinstance(said, dict):
@@ -79,7 +83,7 @@ def verify_folder(folder: Path) -> dict[str, Any]:
                 "E205",
                 str(path),
                 "is listed in manifest.json and missing",
-                "use an older step, or copy the folder again",
+                FROM_ELSEWHERE,
             )
         size = path.stat().st_size
         if size != said.get("bytes"):
@@ -87,14 +91,14 @@ def verify_folder(folder: Path) -> dict[str, Any]:
                 "E205",
                 str(path),
                 f"has {size:,} bytes, manifest.json says {said.get('bytes')}",
-                "use an older step, or copy the folder again",
+                FROM_ELSEWHERE,
             )
         if file_sha256(path) != said.get("sha256"):
             raise InputError(
                 "E204",
                 str(path),
                 "sha256 differs from manifest.json (file damaged)",
-                "use an older step, or copy the folder again",
+                FROM_ELSEWHERE,
             )
     return manifest
 
@@ -133,11 +137,7 @@ def sweep(parent: Path) -> None:
 
 def read_json(path: Path, code: str = "E206") -> dict[str, Any]:
     """The JSON object in `path`. Raises InputError E205 when there is none, or `code` when it is not a JSON object."""
-    remedy = (
-        "copy it again from where it came"
-        if code != "E206"
-        else "use an older step, or copy the folder again"
-    )
+    remedy = "copy it again from where it came" if code != "E206" else FROM_ELSEWHERE
     try:
         size = path.stat().st_size
         if size > LARGEST_JSON:
@@ -188,6 +188,12 @@ def refused(error: OSError, path: Path, needed: int = 0) -> MachineError:
         f"{error.strerror or error}",
         "check that the folder exists and is yours to write, or choose another",
     )
+
+
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """The bytes of a manifest, which vouch for themselves too."""
+    seal = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
+    return json.dumps({**manifest, SEAL: seal}, indent=1).encode()
 
 
 def _write_durably(path: Path, content: bytes) -> None:

@@ -1,0 +1,220 @@
+"""The Hugging Face border: what we write they open, what they write we open, and what is wrong is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from babyllama.checkpoint.hf import (
+    TENSOR_NAMES,
+    THEIRS_TO_OURS,
+    build,
+    config_json,
+    model_files,
+    read_config,
+    read_model,
+    rename,
+)
+from babyllama.errors import InputError
+from babyllama.model import Config, Llama, RopeScaling
+from babyllama.text.tokenizer import Tokenizer
+
+TEXT = (
+    "It was the ducklings' first summer; 1, 22, 333 of them. Größe 😀 <|end_of_text|>\n\n  two\tspaces " * 9
+)
+SHAPES = {
+    "plain": {"n_heads": 6},
+    "grouped": {"n_heads": 6, "n_kv_heads": 2},
+    "tied": {"n_heads": 12, "n_kv_heads": 4, "tie_embeddings": True},
+    "wide heads": {"n_heads": 4, "head_dim": 32, "norm_eps": 1e-6},
+    "llama3": {"n_heads": 6, "rope_theta": 5e5, "rope_scaling": RopeScaling(kind="llama3", factor=32.0)},
+    "linear": {"n_heads": 6, "rope_scaling": RopeScaling(kind="linear", factor=4.0)},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([TEXT], 300)
+
+
+def make(tokenizer, **shape):
+    config = Config(vocab_size=tokenizer.vocab_size, dim=48, n_layers=2, max_seq_len=64, **shape)
+    model = Llama(config, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        weight.data.normal_(0, 0.15, generator=generator)
+    return model.eval()
+
+
+def put(folder, files):
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_saved_model_opens_in_transformers_with_the_same_ids_and_logits(tmp_path, tokenizer, shape):
+    ours = make(tokenizer, **shape)
+    put(tmp_path, model_files(ours.config, ours.state_dict(), tokenizer))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    words = "It was the ducklings' first 22 summers. Größe 😀"
+    ids = tokenizer.encode(words, bos=True)
+    assert their_tokenizer(words)["input_ids"] == ids
+    assert their_tokenizer.decode(ids, skip_special_tokens=True) == words
+    with torch.no_grad():
+        ids = torch.tensor([ids])
+        expected = theirs(ids).logits
+        assert (ours(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert theirs.generation_config.eos_token_id == tokenizer.eos_id
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_saving_and_loading_changes_nothing(tmp_path, tokenizer, shape):
+    ours = make(tokenizer, **shape)
+    put(tmp_path, model_files(ours.config, ours.state_dict(), tokenizer))
+    config, weights = read_model(tmp_path)
+    assert config == ours.config
+    again = build(config, weights)
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in ours.state_dict().items())
+    assert Tokenizer.load(tmp_path).sha256 == tokenizer.sha256
+
+
+@pytest.mark.parametrize("scaling", [None, "llama3", "linear"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_transformers_saves_we_open(tmp_path, scaling, tied):
+    rope = {"rope_theta": 5e5, "rope_type": "default"}
+    if scaling:
+        rope = {"rope_theta": 5e5, "rope_type": scaling, "factor": 8.0}
+    if scaling == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    sizes = {"vocab_size": 90, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": tied}
+    theirs = LlamaForCausalLM(
+        LlamaConfig(**sizes, **heads, rope_parameters=rope, max_position_embeddings=256)
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = build(*read_model(tmp_path))
+    ids = torch.randint(0, 90, (2, 150), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (ours(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_old_and_new_rope_keys_mean_the_same(tmp_path):
+    config = Config(
+        vocab_size=9,
+        dim=8,
+        n_layers=1,
+        n_heads=2,
+        rope_theta=5e5,
+        rope_scaling=RopeScaling(kind="llama3", factor=8.0),
+    )
+    both = config_json(config)
+    old = {key: value for key, value in both.items() if key != "rope_parameters"}
+    oldest = {
+        **old,
+        "rope_scaling": {("type" if k == "rope_type" else k): v for k, v in old["rope_scaling"].items()},
+    }
+    new = {key: value for key, value in both.items() if key not in ("rope_theta", "rope_scaling")}
+    for number, form in enumerate((both, old, oldest, new)):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(form), encoding="utf-8")
+        assert read_config(path) == config
+
+
+def test_every_tensor_has_one_name_on_each_side():
+    assert len(THEIRS_TO_OURS) == len(TENSOR_NAMES)
+    assert rename("layers.12.ffn_norm.weight") == "model.layers.12.post_attention_layernorm.weight"
+    assert (
+        rename("model.layers.12.mlp.up_proj.weight", THEIRS_TO_OURS) == "layers.12.feed_forward.w_up.weight"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "qwen3"),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("vocab_size", None),
+        ("vocab_size", "9"),
+        ("vocab_size", True),
+        ("vocab_size", 1.5),
+        ("vocab_size", 10**400),
+        ("hidden_size", 2**31),
+        ("hidden_size", -1),
+        ("num_hidden_layers", 0),
+        ("num_attention_heads", 3),
+        ("num_key_value_heads", 3),
+        ("rms_norm_eps", None),
+        ("rms_norm_eps", 0),
+        ("head_dim", 3),
+        ("tie_word_embeddings", "no"),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 2}),
+        ("rope_parameters", {"rope_type": "llama3", "factor": 8}),
+        ("rope_parameters", {"rope_type": "linear", "factor": 0}),
+        ("rope_parameters", {"rope_theta": "big"}),
+    ],
+)
+def test_a_config_that_is_no_llamas_is_refused_naming_the_key(tmp_path, key, value):
+    good = config_json(Config(vocab_size=9, dim=8, n_layers=1, n_heads=2))
+    good.pop("head_dim" if key == "num_attention_heads" else "", None)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**good, key: value}), encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        read_config(path)
+    assert caught.value.code == "E202"
+    named = "rope" if key == "rope_parameters" else "hidden_size" if key == "num_attention_heads" else key
+    assert named in caught.value.where
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"[" * 10**5])
+def test_a_config_that_is_not_json_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_config(tmp_path / "config.json")
+    assert caught.value.code == "E202"
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_named(tmp_path, tokenizer):
+    ours = make(tokenizer, n_heads=6)
+    files = model_files(ours.config, ours.state_dict(), tokenizer)
+    tensors = load(files["model.safetensors"])
+    tensors["model.extra.weight"] = tensors.pop("model.norm.weight")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].T.contiguous()
+    put(tmp_path, {**files, "model.safetensors": save(tensors)})
+    with pytest.raises(InputError) as caught:
+        read_model(tmp_path)
+    assert caught.value.code == "E203"
+    for part in (
+        "model.norm.weight is missing",
+        "model.extra.weight is not part",
+        "lm_head.weight has shape",
+    ):
+        assert part in caught.value.found
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, -1])
+def test_a_cut_weight_file_is_refused(tmp_path, tokenizer, cut):
+    ours = make(tokenizer, n_heads=6)
+    files = model_files(ours.config, ours.state_dict(), tokenizer)
+    put(tmp_path, {**files, "model.safetensors": files["model.safetensors"][:cut]})
+    with pytest.raises(InputError) as caught:
+        read_model(tmp_path)
+    assert caught.value.code == "E205"
+
+
+def test_half_precision_weights_are_read_as_float32(tmp_path, tokenizer):
+    ours = make(tokenizer, n_heads=6)
+    half = {name: weight.to(torch.bfloat16) for name, weight in ours.state_dict().items()}
+    put(tmp_path, model_files(ours.config, half, tokenizer))
+    _, weights = read_model(tmp_path)
+    assert all(
+        weights[name].dtype == torch.float32 and torch.equal(weights[name], half[name].float())
+        for name in half
+    )
