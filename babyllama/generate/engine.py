@@ -42,6 +42,20 @@ class Completion(NamedTuple):
     reason: Reason
 
 
+class Generation(Iterator[Token]):
+    """The tokens of a running generation. `reasons[row]` says why a row ended; None: it goes on."""
+
+    def __init__(self, tokens: Iterator[Token], reasons: list[Reason | None]) -> None:
+        self._tokens, self.reasons = tokens, reasons
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def stop(self, row: int) -> None:
+        """End a row from outside: nothing more of it is yielded. For stops that only the text shows."""
+        self.reasons[row] = "stop"
+
+
 def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],
@@ -52,7 +66,7 @@ def generate(
     prefill_chunk: int = 256,
     max_len: int | None = None,
     streams: Sequence[int] | None = None,
-) -> "Generation":
+) -> Generation:
     """Continue every prompt, all in one batch, and yield each token as soon as it is chosen.
 
     model          in eval mode while this runs, and then as it was before.
@@ -71,7 +85,26 @@ def generate(
     UsageError E102 (a number out of range, an empty prompt): at once. NumericalError E502, MachineError E404:
     while it runs.
     """
-    return Generation(model, prompts, max_tokens, sampling, stop_ids, prefill_chunk, max_len, streams)
+    context = model.config.max_seq_len
+    limit = _whole("max_len", context if max_len is None else max_len, 1, context)
+    _whole("max_tokens", max_tokens, 0)
+    _whole("prefill_chunk", prefill_chunk, 1)
+    for row, prompt in enumerate(prompts):
+        where = "prompt" if len(prompts) == 1 else f"prompt {row}"
+        _check_prompt(where, prompt, limit, model.config.vocab_size)
+    streams = range(len(prompts)) if streams is None else [_whole("streams", stream, 0) for stream in streams]
+    if len(streams) != len(prompts):
+        found = f"{len(streams)} streams for {len(prompts)} prompts"
+        raise UsageError("E102", "streams", found, "give one stream for each prompt, or none at all")
+
+    ends = [
+        min(len(prompt) + max_tokens, limit) for prompt in prompts
+    ]  # the length of each row at its fullest
+    reasons: list[Reason | None] = [
+        "length" if len(prompt) == end else None for prompt, end in zip(prompts, ends, strict=True)
+    ]
+    tokens = _tokens(model, prompts, ends, reasons, sampling, stop_ids, prefill_chunk, streams)
+    return Generation(tokens, reasons)
 
 
 def complete(
@@ -86,7 +119,16 @@ def complete(
     streams: Sequence[int] | None = None,
 ) -> list[Completion]:
     """The same, when all of it is there: one Completion for each prompt, in their order. See generate."""
-    generation = Generation(model, prompts, max_tokens, sampling, stop_ids, prefill_chunk, max_len, streams)
+    generation = generate(
+        model,
+        prompts,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        prefill_chunk=prefill_chunk,
+        max_len=max_len,
+        streams=streams,
+    )
     ids: list[list[int]] = [[] for _ in prompts]
     for token in generation:
         ids[token.row].append(token.id)
@@ -94,133 +136,95 @@ def complete(
     return [Completion(*row) for row in zip(ids, reasons, strict=True)]
 
 
-class Generation(Iterator[Token]):
-    """The tokens of a running generation. `reasons[row]` says why a row ended; None: it goes on."""
-
-    def __init__(
-        self,
-        model: Llama,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int,
-        sampling: Sampling,
-        stop_ids: Set[int],
-        prefill_chunk: int,
-        max_len: int | None,
-        streams: Sequence[int] | None,
-    ) -> None:
-        context = model.config.max_seq_len
-        limit = _whole("max_len", context if max_len is None else max_len, 1, context)
-        _whole("max_tokens", max_tokens, 0)
-        _whole("prefill_chunk", prefill_chunk, 1)
-        for row, prompt in enumerate(prompts):
-            where = "prompt" if len(prompts) == 1 else f"prompt {row}"
-            _check_prompt(where, prompt, limit, model.config.vocab_size)
-        self._model, self._sampling, self._stop_ids = model, sampling, stop_ids
-        self._prompts = [list(prompt) for prompt in prompts]
-        self._streams = list(range(len(prompts)) if streams is None else streams)
-        for stream in self._streams:
-            _whole("streams", stream, 0)
-        if len(self._streams) != len(prompts):
-            found = f"{len(self._streams)} streams for {len(prompts)} prompts"
-            raise UsageError("E102", "streams", found, "give one stream for each prompt, or none at all")
-        self._chunk = prefill_chunk
-        self._ends = [min(len(prompt) + max_tokens, limit) for prompt in prompts]  # length of a finished row
-        self.reasons: list[Reason | None] = [
-            "length" if len(prompt) == end else None for prompt, end in zip(prompts, self._ends, strict=True)
-        ]
-        self._tokens = self._run()
-
-    def __next__(self) -> Token:
-        return next(self._tokens)
-
-    def stop(self, row: int) -> None:
-        """End a row from outside: nothing more of it is yielded. For stops that only the text shows."""
-        self.reasons[row] = "stop"
-
-    def _running(self) -> list[int]:
-        return [row for row, reason in enumerate(self.reasons) if reason is None]
-
-    def _run(self) -> Iterator[Token]:
-        if not self._running():
-            return
-        training = self._model.training
-        self._model.eval()
-        try:
-            yield from self._decode()
-        finally:  # also when the caller leaves early
-            self._model.train(training)
-
-    def _decode(self) -> Iterator[Token]:
+def _tokens(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    ends: Sequence[int],
+    reasons: list[Reason | None],
+    sampling: Sampling,
+    stop_ids: Set[int],
+    prefill_chunk: int,
+    streams: Sequence[int],
+) -> Iterator[Token]:
+    """The loop. It writes `reasons`, and heeds those that others write. Knows no Generation, so that one whose
+    caller leaves is closed at once, with its cache."""
+    if None not in reasons:
+        return
+    training = model.training
+    model.eval()
+    try:
         rows = [
-            prompt if reason is None else []
-            for prompt, reason in zip(self._prompts, self.reasons, strict=True)
+            list(prompt) if reason is None else [] for prompt, reason in zip(prompts, reasons, strict=True)
         ]
-        lengths = [len(prompt) for prompt in rows]
-        room = max(self._ends[row] for row in self._running())
-        weight, V = self._model.tok_embeddings.weight, self._model.config.vocab_size
-        cache = KVCache(self._model.config, len(rows), room, weight.device, weight.dtype)
+        lengths = [len(row) for row in rows]
         seen = None
-        if self._sampling.repetition_penalty != 1:
-            seen = np.zeros((len(rows), V), dtype=bool)
+        if sampling.repetition_penalty != 1:
+            seen = np.zeros((len(rows), model.config.vocab_size), dtype=bool)
             for row, prompt in enumerate(rows):
                 seen[row, prompt] = True
+        room = max(end for end, reason in zip(ends, reasons, strict=True) if reason is None)
+        weight = model.tok_embeddings.weight
+        cache = KVCache(model.config, len(rows), room, weight.device, weight.dtype)
+        logits = _prefill(model, cache, rows, prefill_chunk)  # (B, V)
 
-        logits = self._prefill(cache, rows)  # (B, V)
-        while running := self._running():
-            streams, positions = [self._streams[row] for row in running], [lengths[row] for row in running]
-            seen_here = None if seen is None else seen[running]
-            ids = sample(logits[running], self._sampling, seen_here, streams, positions)
+        while running := [row for row, reason in enumerate(reasons) if reason is None]:
+            ids = sample(
+                logits[running],
+                sampling,
+                None if seen is None else seen[running],
+                [streams[row] for row in running],
+                [lengths[row] for row in running],
+            )
+            fresh: list[list[int]] = [[] for _ in rows]
             for row, id in zip(running, ids.tolist(), strict=True):
-                if self.reasons[row] is not None:  # stopped from outside, while this loop stood at a yield
+                if reasons[row] is not None:  # stopped from outside, while this loop stood at a yield
                     continue
-                if id in self._stop_ids:
-                    self.reasons[row] = "stop"
+                if id in stop_ids:
+                    reasons[row] = "stop"
                     continue
-                position = lengths[row]
+                fresh[row], position = [id], lengths[row]
                 lengths[row] += 1
                 if seen is not None:
                     seen[row, id] = True
-                if lengths[row] == self._ends[row]:
-                    self.reasons[row] = "length"
+                if lengths[row] == ends[row]:
+                    reasons[row] = "length"
                 yield Token(row, id, position)
-            fresh = {
-                row: [id] for row, id in zip(running, ids.tolist(), strict=True) if self.reasons[row] is None
-            }
-            if fresh:
-                logits = self._pass(cache, [fresh.get(row, []) for row in range(len(rows))])
+            pieces = [piece if reason is None else [] for piece, reason in zip(fresh, reasons, strict=True)]
+            if any(pieces):
+                logits = _pass(model, cache, pieces)
+    finally:
+        model.train(training)
 
-    def _prefill(self, cache: KVCache, prompts: list[list[int]]) -> Float[np.ndarray, "B V"]:
-        """Work through the prompts, all from their beginnings; the logits after the last token of each."""
-        logits = np.zeros((len(prompts), self._model.config.vocab_size), dtype=np.float32)
-        for start in range(0, max(map(len, prompts)), self._chunk):
-            pieces = [prompt[start : start + self._chunk] for prompt in prompts]
-            here = [row for row, piece in enumerate(pieces) if piece]  # the others have ended before
-            logits[here] = self._pass(cache, pieces)[here]
-        return logits
 
-    def _pass(self, cache: KVCache, pieces: list[list[int]]) -> Float[np.ndarray, "B V"]:
-        """One pass of the model over the next tokens of every row: the logits after the last one of each.
+def _prefill(model: Llama, cache: KVCache, prompts: list[list[int]], chunk: int) -> Float[np.ndarray, "B V"]:
+    """Work through the prompts, all from their beginnings; the logits after the last token of each."""
+    logits = np.zeros((len(prompts), model.config.vocab_size), dtype=np.float32)
+    for start in range(0, max(map(len, prompts)), chunk):
+        pieces = [prompt[start : start + chunk] for prompt in prompts]
+        here = [row for row, piece in enumerate(pieces) if piece]  # the others have ended before
+        logits[here] = _pass(model, cache, pieces)[here]
+    return logits
 
-        Rows are filled up on the right to the width of the widest. A row without tokens is all filling: it
-        computes what nobody reads, into slots that nobody sees.
-        """
-        counts, width = [len(piece) for piece in pieces], max(map(len, pieces))
-        filled = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
-        tokens = torch.tensor(filled, device=cache.lengths.device)  # (B, T)
-        last = [max(count - 1, 0) for count in counts]
-        with torch.inference_mode():  # here and not around a yield, where it would leak to the caller
-            logits = self._model(tokens, cache)[range(len(last)), last].float().cpu()  # (B, V)
-        cache.advance(counts)
-        return logits.numpy()
+
+def _pass(model: Llama, cache: KVCache, pieces: list[list[int]]) -> Float[np.ndarray, "B V"]:
+    """One pass of the model over the next tokens of every row: the logits after the last one of each.
+
+    Rows are filled up on the right to the width of the widest. A row without tokens is all filling: it computes
+    what nobody reads, into slots that nobody sees.
+    """
+    counts, width = [len(piece) for piece in pieces], max(map(len, pieces))
+    filled = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
+    tokens = torch.tensor(filled, device=cache.lengths.device)  # (B, T)
+    last = [max(count - 1, 0) for count in counts]
+    with torch.inference_mode():  # here and not around a yield, where it would leak to the caller
+        logits = model(tokens, cache)[range(len(last)), last].float().cpu()  # (B, V)
+    cache.advance(counts)
+    return logits.numpy()
 
 
 def _whole(name: str, value: int, least: int, most: int | None = None) -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, Integral)
-        or value < least
-        or (most is not None and value > most)
-    ):
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
         rule = f"a whole number from {least} " + ("up" if most is None else f"to {most}")
         raise UsageError("E102", name, f"{name} ({value!r}) must be {rule}", f"choose another {name}")
     return int(value)
@@ -228,9 +232,7 @@ def _whole(name: str, value: int, least: int, most: int | None = None) -> int:
 
 def _check_prompt(where: str, prompt: Sequence[int], limit: int, vocab_size: int) -> None:
     if len(prompt) == 0:
-        raise UsageError(
-            "E102", where, "has no tokens, so nothing to continue", "begin it with the BOS token"
-        )
+        raise UsageError("E102", where, "no tokens, so nothing to continue", "begin it with the BOS token")
     if len(prompt) > limit:
         found = f"prompt {len(prompt)} tokens, context {limit}"
         raise InputError("E311", where, found, f"shorten it to {limit} tokens, less what should be added")
