@@ -30,6 +30,14 @@ SMALLEST_DEFAULT = 320  # ids; the smallest vocabulary that is chosen by itself
 TOKENIZER_SAMPLE = 100 * 2**20  # bytes of text that a tokenizer is trained on, at most
 SHORTEST_PIECE = 256  # characters, when few documents have to be cut to be split
 BATCH = 2**20  # characters encoded at a time
+TOLD = {
+    "source",
+    "tokenizer_sha256",
+    "vocab_size",
+    "duplicates",
+    "skipped",
+    "files",
+}  # by corpus.json, to open it
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Progress = Callable[[str, int, int], None]
@@ -77,7 +85,7 @@ class Corpus:
         does not have); MachineError E403.
         """
         folder = Path(folder)
-        about = _read_about(folder)
+        about, train, val = _read_about(folder)
         with _coded(folder):
             for name, expected in about["files"].items():
                 _check_file(folder / name, expected)
@@ -86,19 +94,15 @@ class Corpus:
             raise InputError(
                 "E309", folder, "was encoded with another tokenizer than lies in it", _again(folder)
             )
-        ids = {
-            side: _map_ids(folder / f"{side}.bin", about[side]["tokens"], tokenizer)
-            for side in ("train", "val")
-        }
         return cls(
             folder=folder,
             tokenizer=tokenizer,
-            train_ids=ids["train"],
-            val_ids=ids["val"],
-            train_documents=about["train"]["documents"],
-            val_documents=about["val"]["documents"],
-            train_bytes=about["train"]["bytes"],
-            val_bytes=about["val"]["bytes"],
+            train_ids=_map_ids(folder / "train.bin", train.tokens, tokenizer),
+            val_ids=_map_ids(folder / "val.bin", val.tokens, tokenizer),
+            train_documents=train.documents,
+            val_documents=val.documents,
+            train_bytes=train.bytes,
+            val_bytes=val.bytes,
             duplicates=about["duplicates"],
             skipped=about["skipped"],
             source=about["source"],
@@ -180,6 +184,10 @@ def prepare(
             sides = _encode(texts, index, validation, tokenizer, made, report)
             for name, data in tokenizer.files().items():
                 (made / name).write_bytes(data)
+            # The other files name one token that ends a text; a tokenizer may know several.
+            ends = [tokenizer.eos_id, *sorted(tokenizer.eos_ids - {tokenizer.eos_id})]
+            ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
+            (made / "generation_config.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
             about = {
                 "source": texts.label,
                 "seed": seed,
@@ -430,24 +438,24 @@ def _fingerprint(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
+def _read_about(folder: Path) -> tuple[dict[str, Any], _Side, _Side]:
+    """corpus.json, and what it says of the two sides. Raises E307, E208."""
     path = folder / "corpus.json"
     if not path.is_file():
         raise InputError("E307", folder, "holds no prepared data (no corpus.json)", _again(folder))
+    about, newer = {}, False
     try:
         with _coded(path):
             about = json.loads(path.read_bytes())
         newer = about["format"] > FORMAT
-        intact = about["fingerprint"] == _fingerprint(about)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        newer = intact = False
-        about = {}
+        if not newer and about["fingerprint"] == _fingerprint(about) and about.keys() >= TOLD:
+            return about, _Side(**about["train"]), _Side(**about["val"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        pass  # it is not what was written
     if newer:
         found = f"prepared data of format {about['format']}, this version reads up to {FORMAT}"
         raise InputError("E208", path, found, "update:  pip install --upgrade baby-llama")
-    if not intact:
-        raise InputError("E307", path, "was changed or damaged", _again(folder))
-    return about
+    raise InputError("E307", path, "was changed or damaged", _again(folder))
 
 
 def _check_file(path: Path, expected: dict[str, Any]) -> None:

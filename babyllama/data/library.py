@@ -190,7 +190,9 @@ def _speeches(scene: str) -> str:
             paragraph = paragraph[name.end() :]
         elif re.fullmatch(r"(?s)\s*[_*].*[_*]\s*", paragraph):
             continue
-        said = re.sub(r"[_*]*\[[^]]*\][_*]*|_[^_]*_|\*[^*]*\*", "", paragraph)  # directions may span lines
+        said = re.sub(
+            r"(?:[_*]*\[[^]]*\][_*]*|_[^_]*_|\*[^*]*\*) ?", "", paragraph
+        )  # directions may span lines
         if speeches:
             speeches[-1] += [line.strip() for line in said.split("\n") if line.strip()]
     return "\n".join("\n".join(speech) + "\n" for speech in speeches if len(speech) > 1)
