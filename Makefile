@@ -3,7 +3,7 @@
 #   make story      install, train a Llama on fairy tales for three minutes, tell a story
 #   make test       install with the test tools, run every test that needs no GPU
 #   make check      formatting, linting, types, imports, tests; prints how long each file is
-#   make torture    the slow proofs in full length: kills, full disks
+#   make torture    the slow proofs in full length: a thousand kills, every mutant
 #   make figures    draw docs/figures again
 #   make clean      remove what these commands made (never runs/)
 #
