@@ -345,6 +345,7 @@ class Precision:
     bfloat16: float  # 0 where it was not measured
 
 
+SECONDS = 0.3  # long enough that, on a busy machine too, each precision has its turn undisturbed
 WORTHWHILE = 1.25  # times faster that bfloat16 must be, since rounding the operands takes time too
 
 
@@ -373,7 +374,8 @@ def measure_precision(device: str = "cpu") -> Precision:
     kinds = [torch.float32] if device.startswith("mps") else [torch.float32, torch.bfloat16]
     operands = {kind: (left.to(kind), right.to(kind)) for kind in kinds}
     best = dict.fromkeys(kinds, math.inf)
-    for turn in range(8):
+    turn, began = 0, time.perf_counter()
+    while turn < 8 or time.perf_counter() - began < SECONDS:
         for kind, (a, b) in operands.items():
             if turn >= 2 and best[kind] > 10 * min(best.values()):
                 continue  # emulated, perhaps: not waited for again (the first times are slow for everyone)
@@ -381,6 +383,7 @@ def measure_precision(device: str = "cpu") -> Precision:
             torch.mm(a, b)
             _wait(device)
             best[kind] = min(best[kind], time.perf_counter() - start)
+        turn += 1
     speeds = {kind: 2 * m * k * n / seconds for kind, seconds in best.items()}
     float32, bfloat16 = speeds[torch.float32], speeds.get(torch.bfloat16, 0.0)
     return Precision("bfloat16" if bfloat16 > WORTHWHILE * float32 else "float32", float32, bfloat16)
