@@ -40,7 +40,7 @@ class Batches:
                 "E303",
                 "ids",
                 f"have {len(ids)} tokens, need {context + 1}: the context ({context}) and one to predict",
-                f"use more text, or a shorter context:  --context {max(len(ids) - 1, 1)}",
+                f"use more text, or a shorter context:  --set context={max(len(ids) - 1, 1)}",
             )
         self.ids, self.context, self.batch_size, self.seed = ids, context, batch_size, seed
         self.targets = len(ids) - 1

@@ -174,7 +174,7 @@ def prepare(
 
     if tokenizer is None:
         documents = _tokenizer_texts(texts, index, validation, train_bytes, report)
-        size = vocab_size or default_vocab_size(train_bytes)
+        size = default_vocab_size(train_bytes) if vocab_size is None else vocab_size
         tokenizer = Tokenizer.train(documents, size, exact=vocab_size is not None)
 
     made = out.with_name(f".{out.name}.tmp-{secrets.token_hex(6)}")
@@ -515,13 +515,12 @@ def _publish(made: Path, out: Path, overwrite: bool) -> None:
     _sync(made)
     _refuse(out, overwrite)  # as late as possible; the rename below decides
     old = None
-    if out.is_dir():
-        if any(out.iterdir()):
-            old = out.with_name(f".{out.name}.old-{secrets.token_hex(6)}")
-            out.rename(old)
-        else:
-            with suppress(OSError):
-                out.rmdir()  # Windows does not rename onto a folder, even an empty one
+    if overwrite and out.is_dir():
+        old = out.with_name(f".{out.name}.old-{secrets.token_hex(6)}")
+        out.rename(old)
+    elif os.name == "nt":
+        with suppress(OSError):
+            out.rmdir()  # Windows renames onto nothing, not even onto an empty folder
     try:
         made.rename(out)
     except OSError:

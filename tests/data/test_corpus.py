@@ -215,7 +215,7 @@ def test_the_vocabulary_follows_the_size_of_the_text() -> None:
 def test_the_default_vocabulary_never_fails_but_an_explicit_one_can(tmp_path: Path) -> None:
     source = _folder(tmp_path, ["ab", "cd", "ef"])
     assert prepare(source, tmp_path / "out").vocab_size == 256 + len(SPECIALS)
-    for size in (260, 400):
+    for size in (0, 260, 400):
         _raises("E304", lambda size=size: prepare(source, tmp_path / "explicit", vocab_size=size))
     assert not (tmp_path / "explicit").exists()
 
@@ -362,6 +362,19 @@ def test_what_is_no_prepared_data_is_never_overwritten(tmp_path: Path) -> None:
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     prepare(_folder(tmp_path, [_tale(n) for n in range(30)]), tmp_path / "out")
+
+
+def test_a_preparation_that_appears_at_the_last_moment_stays(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _folder(tmp_path, [_tale(n) for n in range(100, 130)])
+    before = Corpus.open(made).fingerprint
+    monkeypatch.setattr(
+        corpus_module, "_refuse", lambda out, overwrite: None
+    )  # it looked, and saw nothing yet
+    _raises("E403", lambda: prepare(source, made))
+    assert Corpus.open(made).fingerprint == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source of made", "tales"]
 
 
 def test_of_two_preparations_at_once_one_wins_whole(tmp_path: Path) -> None:
@@ -511,6 +524,15 @@ def test_a_corpus_json_that_says_too_little_is_e307(made: Path) -> None:
             less["fingerprint"] = corpus_module._fingerprint(less)
         (made / "corpus.json").write_text(json.dumps(less), encoding="utf-8")
         _raises("E307", lambda: Corpus.open(made))
+
+
+def test_a_number_changed_in_corpus_json_is_e307(made: Path) -> None:
+    about = json.loads((made / "corpus.json").read_bytes())
+    for key, value in about.items():
+        changed = {**about, key: {**value, "documents": 1} if isinstance(value, dict) else 0}
+        if changed != about and key != "source":  # what the source was called may be corrected
+            (made / "corpus.json").write_text(json.dumps(changed), encoding="utf-8")
+            _raises("E307", lambda: Corpus.open(made))
 
 
 def test_nothing_prepared_is_e307(tmp_path: Path) -> None:

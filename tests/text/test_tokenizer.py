@@ -55,7 +55,7 @@ def llama2c_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["th", " th", "the", " the", "er", " t", "he", "re", "here", "ttt", "tt", "é"]
     ):
         pieces.append(piece)
-        scores.append(-float(rank))
+        scores.append(-float(rank * 7 % 12))  # not in the order of the ids
     for letter in " abcdefghijklmnopqrstuvwxyz,.":
         pieces.append(letter)
         scores.append(-1000.0 - ord(letter))
@@ -261,6 +261,11 @@ def test_too_large_a_vocabulary_is_e304_and_names_the_largest() -> None:
     with pytest.raises(InputError):
         Tokenizer.train(TEXTS, largest + 1)
     assert Tokenizer.train(TEXTS, 5000, exact=False).vocab_size == largest
+
+
+def test_a_pair_must_occur_twice_to_become_a_token() -> None:
+    assert Tokenizer.train(["abcdefgh"], 5000, exact=False).vocab_size == SMALLEST_VOCAB
+    assert Tokenizer.train(["ab cd", "ab ce"], 5000, exact=False).vocab_size > SMALLEST_VOCAB
 
 
 def test_no_text_at_all_gives_the_bytes_alone() -> None:
