@@ -30,7 +30,17 @@ _HOMES = {
     "Llama": "babyllama.model",
     "Tokenizer": "babyllama.text.tokenizer",
 }
-__all__ = sorted([*_HOMES, "train"])
+__all__ = [
+    "BabyLlamaError",
+    "Config",
+    "Llama",
+    "LoadedLlama",
+    "Run",
+    "Tokenizer",
+    "load",
+    "resume",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

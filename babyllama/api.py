@@ -52,7 +52,7 @@ def train(
     text: str | Path,
     *,
     out: str | Path,
-    minutes: float | None = None,
+    minutes: int | float | None = None,
     steps: int | None = None,
     size: str | None = None,
     device: str | None = None,
@@ -258,8 +258,8 @@ class LoadedLlama:
     ) -> Iterator[str]:
         """The same piece by piece: whole characters only, and nothing of a stop string.
 
-        Ends after max_tokens, at an end token, at a string of `stop`, at the end of the context, or when `enough`, which
-        is shown the text so far, says so.
+        Ends after max_tokens, at an end token, at a string of `stop`, at the end of the context, or when `enough`,
+        which is shown the text so far, says so.
 
         Raises UsageError E102 (a value out of range), InputError E311 (prompt too long), NumericalError E502.
         """

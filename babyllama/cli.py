@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from babyllama.errors import BabyLlamaError, MachineError, UsageError
@@ -36,6 +35,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+ParseError: Any = typer.BadParameter.__base__  # of everything that is wrong with a command line
 
 Out = Annotated[
     Path | None, typer.Option("--out", help="Folder to write. Default: runs/ and the name of the text.")
@@ -84,7 +85,9 @@ def story(
     console.print(f"\n[bold]A story, told by {out}[/bold] (seed {seed})\n")
     _tell(llama, STORY_BEGINNING, seed)
     console.print(
-        f'\n[dim]Another one:  babyllama story --seed {seed + 1}\nYour own:     babyllama generate {out} "The little prince"[/dim]'
+        f"\n[dim]Another one:  babyllama story --seed {seed + 1}\n"
+        f'Your own:     babyllama generate {out} "The little prince"[/dim]',
+        soft_wrap=True,
     )
 
 
@@ -142,9 +145,9 @@ def train(
 ) -> None:
     """Train a Llama on a text.
 
-    [bold]babyllama train notes/ --minutes 10[/bold] reads every text file in notes/, keeps a part aside to measure itself
-    on, trains a tokenizer and a Llama that suit the text and the time, and leaves both in runs/notes. Ctrl-C stops and
-    saves; [bold]babyllama train --resume runs/notes[/bold] goes on.
+    [bold]babyllama train notes/ --minutes 10[/bold] reads every text file in notes/, keeps a part aside to measure
+    itself on, trains a tokenizer and a Llama that suit the text and the time, and leaves both in runs/notes. Ctrl-C
+    stops and saves; [bold]babyllama train --resume runs/notes[/bold] goes on.
     """
     from babyllama import api
 
@@ -204,7 +207,7 @@ def _train_and_show(start: Any, out: Path) -> None:
             f"\nStopped and saved at step {screen.outcome.step:,}.  Go on:  babyllama train --resume {out}"
         )
         raise SystemExit(128 + screen.outcome.stopped_by)
-    console.print(f'Saved in {out}.  Try it:  babyllama generate {out} "..."')
+    console.print(f'Saved in {out}.  Try it:  babyllama generate {out} "..."', soft_wrap=True)
 
 
 def _name_of(text: str) -> str:
@@ -244,8 +247,8 @@ def data(
 ) -> None:
     """Turn a text into ids on disk, once, for many runs.
 
-    Documents are read, exact duplicates removed, one in twenty set aside for validation, a tokenizer trained on the rest,
-    and everything written as ids. [bold]babyllama train OUT[/bold] takes it from there.
+    Documents are read, exact duplicates removed, one in twenty set aside for validation, a tokenizer trained on the
+    rest, and everything written as ids. [bold]babyllama train OUT[/bold] takes it from there.
     """
     from babyllama.data.corpus import prepare
     from babyllama.terminal import console, facts, preparing
@@ -280,7 +283,7 @@ def data(
         ],
         str(out),
     )
-    console.print(f"\nTrain on it:  babyllama train {out} --minutes 10")
+    console.print(f"\nTrain on it:  babyllama train {out} --minutes 10", soft_wrap=True)
 
 
 # ---- generate ------------------------------------------------------------------------------------
@@ -383,7 +386,7 @@ def info(
             ("heads", f"{config.n_heads} of {config.head_dim}, {config.n_kv_heads} for keys and values"),
             (
                 "vocabulary",
-                f"{config.vocab_size:,}, {'one table in and out' if config.tie_embeddings else 'a table each, in and out'}",
+                f"{config.vocab_size:,}, {'one table' if config.tie_embeddings else 'a table each'} in and out",
             ),
             (
                 "context",
@@ -457,10 +460,10 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         sys.exit(_fail(error))
-    except click.UsageError as error:
-        path = error.ctx.command_path if error.ctx else "babyllama"
+    except ParseError as error:
+        path = getattr(error.ctx, "command_path", "babyllama")
         sys.exit(_fail(UsageError("E101", path, error.format_message(), f"see:  {path} --help")))
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

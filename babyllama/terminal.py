@@ -17,7 +17,7 @@ errors = Console(stderr=True, highlight=False)
 
 
 def printable(text: str) -> str:
-    """`text` without the control characters that could move the cursor or recolour the terminal: they become ␛-like signs."""
+    """`text` with signs like ␛ for the control characters, which could move the cursor or recolour the terminal."""
     return "".join(c if c in "\n\t" or c.isprintable() else _sign(c) for c in text)
 
 
@@ -46,7 +46,7 @@ def facts(rows: list[tuple[str, str]], title: str = "") -> None:
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def count(number: float) -> str:
+def count(number: int | float) -> str:
     """3,012,480 -> "3.0M"."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
@@ -54,7 +54,7 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def size(number: float) -> str:
+def size(number: int | float) -> str:
     """Bytes as a person reads them: "11.5 MiB"."""
     for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if number >= bytes_:
@@ -62,7 +62,7 @@ def size(number: float) -> str:
     return f"{number:.0f} bytes"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """125 -> "2:05"."""
     if not 0 <= seconds < 1e7:
         return "?"
@@ -114,7 +114,8 @@ class TrainingScreen:
         return self
 
     def __exit__(self, *reason: object) -> None:
-        self.live.stop()
+        if console.is_terminal:
+            self.live.stop()
 
     def __call__(self, event: Any) -> None:
         getattr(self, f"_{type(event).__name__.lower()}", lambda event: None)(event)
@@ -124,14 +125,16 @@ class TrainingScreen:
         from babyllama import costs
 
         until = f"{plan.steps:,} steps" if plan.steps else f"{plan.seconds / 60:g} minutes"
-        where = f"{plan.threads} cores" if plan.device == "cpu" else plan.device
+        where = (
+            f"{plan.threads} core{'s' if plan.threads > 1 else ''}" if plan.device == "cpu" else plan.device
+        )
         m = plan.model
         facts(
             [
                 (
                     "text",
-                    f"{corpus.train_bytes + corpus.val_bytes:,} bytes in {corpus.train_documents + corpus.val_documents:,} "
-                    f"documents; {corpus.val_documents} of them ({corpus.val_bytes:,} bytes) held out for validation",
+                    f"{corpus.train_bytes:,} bytes in {corpus.train_documents:,} documents; "
+                    f"{corpus.val_bytes:,} bytes in {corpus.val_documents:,} more are held out for validation",
                 ),
                 (
                     "tokens",
@@ -151,7 +154,10 @@ class TrainingScreen:
 
     def _started(self, event: Any) -> None:
         for problem in event.passed_over:
-            console.print(f"[yellow]passed over[/yellow] {escape(problem.where)}: {escape(problem.found)}")
+            console.print(
+                f"[yellow]passed over[/yellow] {escape(problem.where)}: {escape(problem.found)}",
+                soft_wrap=True,
+            )
         if event.step:
             console.print(f"Going on from step {event.step:,}.")
         if console.is_terminal:
@@ -174,7 +180,8 @@ class TrainingScreen:
         self.bits = event.score.bits_per_byte
         star = " [green]best so far[/green]" if event.best else ""
         console.print(
-            f"step {event.step:>6,}   [bold]{event.score.bits_per_byte:.3f}[/bold] bits per byte ± {event.score.error:.3f}{star}"
+            f"step {event.step:>6,}   [bold]{event.score.bits_per_byte:.3f}[/bold] bits per byte "
+            f"± {event.score.error:.3f}{star}"
         )
         if event.sample:
             words = " ".join(event.sample.split())
@@ -183,7 +190,8 @@ class TrainingScreen:
             )
 
     def _outcome(self, event: Any) -> None:
-        self.live.stop()
+        if console.is_terminal:
+            self.live.stop()
         self.outcome = event
         if event.score is not None:
             console.print(

@@ -171,7 +171,7 @@ class Run:
     # ---- metrics and lock --------------------------------------------------------------------
 
     def record(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl. Raises OSError when it cannot be written: the caller decides if that matters."""
+        """Append one line to metrics.jsonl. Raises OSError when that fails: the caller decides if it matters."""
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 

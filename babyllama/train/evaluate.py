@@ -34,7 +34,7 @@ def score(
     max_tokens: int | None = None,
     device: str = "cpu",
 ) -> Score:
-    """Score every token of `ids` but the first exactly once, each with at least context / 2 tokens before it if there are.
+    """Score every token of `ids` but the first exactly once, after at least context / 2 others where there are so many.
 
     logits        tokens (B, T) -> logits (B, T, V)
     byte_lengths  bytes of text that each id stands for; special tokens cost bits and add no bytes

@@ -1,8 +1,8 @@
 """The one training loop.
 
-Everything random or ordered is a function of (seed, step): the first weights, and which rows a step sees. So the state of
-a run is its weights, the optimiser's memory, the number of the step and the seconds used; a run that was stopped and
-resumed ends with the same bits as one that was not (same machine, CPU, a run of so many steps).
+Everything random or ordered is a function of (seed, step): the first weights, and which rows a step sees. So the state
+of a run is its weights, the optimiser's memory, the number of the step and the seconds used; a run that was stopped
+and resumed ends with the same bits as one that was not (same machine, CPU, a run of so many steps).
 """
 
 import json
@@ -101,10 +101,10 @@ def train(
 ) -> Outcome:
     """Train until the plan's steps or seconds are used, from the newest intact saved step, or from `step`, or from new.
 
-    `tell` hears of every step; `sample` writes a text with the model at each evaluation. The caller holds the run's lock.
+    `tell` hears of every step; `sample` writes a text with the model at each evaluation. The caller holds the lock.
 
-    Raises InputError E207 (no saved step is intact; or E2xx for the `step` asked for), NumericalError E501 (a loss or a
-    gradient is not finite; the last good save stays), MachineError E401, E403 (cannot save), E404 (memory).
+    Raises InputError E207 (no saved step is intact; or E2xx for the `step` asked for), NumericalError E501 (a loss or
+    a gradient is not finite; the last good save stays), MachineError E401, E403 (cannot save), E404 (memory).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
@@ -114,7 +114,8 @@ def train(
     except (RuntimeError, MemoryError) as error:
         if "allocate" in str(error) or isinstance(error, MemoryError | torch.OutOfMemoryError):
             rows = max(1, plan.batch_size // 2)
-            fix = f"start again with fewer rows at once:  --set batch_size={rows} --set accumulation={plan.accumulation * 2}"
+            split = f"--set batch_size={rows} --set accumulation={plan.accumulation * 2}"
+            fix = f"start again with fewer rows at once:  {split}"
             raise MachineError(
                 "E404", f"step with {plan.batch_size} rows of {plan.context} tokens", str(error)[:200], fix
             ) from error
@@ -258,7 +259,7 @@ class _Training:
         return self.finish()
 
     def _due(self, before: float) -> bool:
-        """Whether an evaluation stands between the progress `before` this step and now; one always stands at the end."""
+        """Whether an evaluation stands between the progress `before` this step and now. One stands at the end."""
         n = self.plan.evaluations
         return self.progress >= 1 or math.floor(before * n) != math.floor(self.progress * n)
 

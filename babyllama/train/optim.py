@@ -18,7 +18,7 @@ def role(name: str) -> str:
 
 
 def adamw(model: Llama, plan: Plan) -> torch.optim.AdamW:
-    """AdamW over three groups; only matrices decay, since a gain or a rare token's row would be pulled to 0 for nothing.
+    """AdamW over three groups; only matrices decay: a gain or a rare token's row would be pulled to 0 for nothing.
 
     Source: arXiv:1711.05101. `fused` updates all parameters in one pass over memory.
     """

@@ -4,12 +4,12 @@ The rules are few and each stands beside its number; all of them can be overridd
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
 from babyllama import costs, machine
-from babyllama.errors import MachineError, UsageError
+from babyllama.errors import InputError, MachineError, UsageError
 from babyllama.model import Config, RopeScaling
 
 # (dim, n_layers, n_heads): heads of 32 numbers while small, 64 later; about 40 to 64 of width for each layer
@@ -59,9 +59,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if (self.steps > 0) == (self.seconds > 0):
-            raise UsageError(
-                "E103", "--steps, --minutes", "one of the two decides when training ends", "give one of them"
-            )
+            raise UsageError("E103", "steps, seconds", "exactly one of them ends a run", "give one of them")
         for name in (
             "context",
             "batch_size",
@@ -93,7 +91,7 @@ def plan(
     vocab_size: int,
     text_bytes: int,
     train_tokens: int,
-    minutes: float | None = None,
+    minutes: int | float | None = None,
     steps: int | None = None,
     size: str | None = None,
     device: str | None = None,
@@ -104,12 +102,23 @@ def plan(
     size      parameters wished for, as "3M" or "15m"; the nearest shape is taken. None: chosen by text and time.
     settings  fields of Plan that override what is chosen here.
 
-    Raises UsageError E101 (unknown setting), E102, E103; MachineError E404 when it would not fit in memory.
+    Raises UsageError E101 (unknown setting), E102, E103; InputError E303 (less text than one row); MachineError E404
+    (more than fits in memory).
     """
     settings = _checked(settings or {})
+    if minutes is not None and steps is not None:
+        raise UsageError(
+            "E103", "--minutes, --steps", "either of them ends the run, and both are given", "give one"
+        )
+    for name, value in (("--minutes", minutes), ("--steps", steps)):
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError("E102", name, f"is {value}, expected a number above 0", f"choose another {name}")
     if minutes is None and steps is None:
         minutes = 10.0
     device = device or machine.best_device()
+    if not machine.has_device(device):
+        found = f"{device!r} is not a device that torch finds here"
+        raise UsageError("E101", "--device", found, "see what there is:  babyllama doctor")
     speed = machine.measure_precision(device)
     precision = settings.pop("precision", speed.best)
     peak = max(speed.bfloat16, speed.float32) if precision == "bfloat16" else speed.float32
@@ -152,6 +161,10 @@ def plan(
         threads=machine.physical_cores(),
     )
     chosen = replace(chosen, **settings)
+    if train_tokens < context + 1:
+        found = f"has {train_tokens} tokens to learn from, a row needs {context + 1}"
+        fix = f"give more text, or shorter rows:  --set context={max(1, train_tokens // 4)}"
+        raise InputError("E303", "the text", found, fix)
     _check_memory(chosen)
     return chosen
 
@@ -206,7 +219,7 @@ def _check_memory(plan: Plan) -> None:
             "E404",
             "the plan",
             f"training would need {needed / 2**30:,.1f} GiB, {available / 2**30:,.1f} GiB are free",
-            f"take a smaller --size, or fewer rows at once:  --set batch_size={max(1, plan.batch_size // 4)} --set accumulation=4",
+            f"take a smaller --size, or fewer rows at once:  --set batch_size={max(1, plan.batch_size // 4)}",
         )
 
 
@@ -214,8 +227,6 @@ def _check_memory(plan: Plan) -> None:
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
-    from dataclasses import asdict
-
     return asdict(plan)
 
 

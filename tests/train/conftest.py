@@ -7,7 +7,22 @@ import pytest
 
 from babyllama.data.corpus import Corpus, prepare
 
-WORDS = "the a little old king queen swan duckling went saw sang slept by under over lake tree house and then but".split()
+WORDS = [
+    "the",
+    "a",
+    "little",
+    "old",
+    "king",
+    "queen",
+    "swan",
+    "duckling",
+    "went",
+    "saw",
+    "sang",
+    "slept",
+    "by",
+    "under",
+]
 
 
 def tale(number: int) -> str:

@@ -40,14 +40,14 @@ def final(run: Run) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optim.safetensors")}
 
 
-class Interrupted(Exception):
+class PulledPlugError(Exception):
     pass
 
 
 def stop_at(step, kind=Stepped):
     def tell(event):
         if isinstance(event, kind) and event.step == step:
-            raise Interrupted
+            raise PulledPlugError
 
     return tell
 
@@ -62,7 +62,7 @@ def uninterrupted(prepared, tmp_path_factory):
 
 @pytest.mark.parametrize("at", [1, 4, 5, 17, 23])
 def test_an_interrupted_run_ends_with_the_same_bits(prepared, tmp_path, uninterrupted, at):
-    with pytest.raises(Interrupted):
+    with pytest.raises(PulledPlugError):
         train(prepared, tmp_path / "run", tell=stop_at(at))
     run = api.resume(tmp_path / "run")
     assert run.steps()[-1] == STEPS
@@ -70,16 +70,16 @@ def test_an_interrupted_run_ends_with_the_same_bits(prepared, tmp_path, uninterr
 
 
 def test_a_run_interrupted_again_and_again_ends_with_the_same_bits(prepared, tmp_path, uninterrupted):
-    with pytest.raises(Interrupted):
+    with pytest.raises(PulledPlugError):
         train(prepared, tmp_path / "run", tell=stop_at(3))
     for at in (6, 9, 13, 22):
-        with pytest.raises(Interrupted):
+        with pytest.raises(PulledPlugError):
             api.resume(tmp_path / "run", tell=stop_at(at))
     assert final(api.resume(tmp_path / "run")) == final(uninterrupted)
 
 
 def test_a_damaged_newest_step_is_passed_over_and_the_bits_are_the_same(prepared, tmp_path, uninterrupted):
-    with pytest.raises(Interrupted):
+    with pytest.raises(PulledPlugError):
         train(prepared, tmp_path / "run", tell=stop_at(17))
     run, events = Run(tmp_path / "run"), []
     path = run.folder(16) / "optim.safetensors"
@@ -94,7 +94,7 @@ def test_a_damaged_newest_step_is_passed_over_and_the_bits_are_the_same(prepared
 
 
 def test_a_step_can_be_chosen_and_gives_the_same_bits(prepared, tmp_path, uninterrupted):
-    with pytest.raises(Interrupted):
+    with pytest.raises(PulledPlugError):
         train(prepared, tmp_path / "run", tell=stop_at(17))
     assert final(api.resume(tmp_path / "run", step=12)) == final(uninterrupted)
 
@@ -110,7 +110,7 @@ def test_the_seed_decides_everything(prepared, tmp_path, uninterrupted):
 
 
 def test_every_step_is_told_once_in_the_metrics_however_often_it_was_taken(prepared, tmp_path):
-    with pytest.raises(Interrupted):
+    with pytest.raises(PulledPlugError):
         train(prepared, tmp_path / "run", tell=stop_at(15), save_every=7)
     run = api.resume(tmp_path / "run")
     steps = [line["step"] for line in run.metrics() if line["event"] == "evaluation"]
@@ -281,7 +281,7 @@ def test_memory_that_runs_out_is_said_with_a_remedy(prepared, tmp_path, monkeypa
 
 
 def test_changed_data_is_noticed_on_resume(texts, tmp_path):
-    with pytest.raises(Interrupted):
+    with pytest.raises(PulledPlugError):
         train(texts, tmp_path / "run", tell=stop_at(6))
     path = tmp_path / "run" / "data" / "train.bin"
     content = bytearray(path.read_bytes())
