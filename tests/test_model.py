@@ -647,6 +647,17 @@ def test_gains_of_the_two_norms_of_a_block_are_two() -> None:
     torch.testing.assert_close(after["layers.1.ffn_norm.output"], normed * model.get_parameter(kept))
 
 
+def test_under_autocast_the_residual_stream_and_the_norms_stay_float32() -> None:
+    model, tokens = random_llama(), random_tokens()
+    expected = record(model, tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = record(model, tokens)
+    for name, tensor in values.items():
+        wide = name == "embeddings" or "norm." in name or ".after_" in name
+        assert tensor.dtype == (torch.float32 if wide else torch.bfloat16), name
+    assert (values["logits"] - expected["logits"]).abs().max() < 0.02 * expected["logits"].abs().max()
+
+
 INIT_STD = {
     "tok_embeddings.weight": 0.02,
     "attention.wq.weight": 128**-0.5,
