@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from babyllama import train as train
     from babyllama.api import LoadedLlama as LoadedLlama
     from babyllama.api import load as load
     from babyllama.api import resume as resume
