@@ -92,19 +92,22 @@ def generate(
     for row, prompt in enumerate(prompts):
         where = "prompt" if len(prompts) == 1 else f"prompt {row}"
         _check_prompt(where, prompt, limit, model.config.vocab_size)
-    streams = range(len(prompts)) if streams is None else [_whole("streams", stream, 0) for stream in streams]
+    streams = [
+        _whole("streams", stream, 0, 2**64 - 1)
+        for stream in (range(len(prompts)) if streams is None else streams)
+    ]
     if len(streams) != len(prompts):
         found = f"{len(streams)} streams for {len(prompts)} prompts"
         raise UsageError("E102", "streams", found, "give one stream for each prompt, or none at all")
 
-    ends = [
-        min(len(prompt) + max_tokens, limit) for prompt in prompts
-    ]  # the length of each row at its fullest
+    rows = [list(prompt) for prompt in prompts]
+    ends = [min(len(row) + max_tokens, limit) for row in rows]  # how long each may get
     reasons: list[Reason | None] = [
-        "length" if len(prompt) == end else None for prompt, end in zip(prompts, ends, strict=True)
+        "length" if len(row) == end else None for row, end in zip(rows, ends, strict=True)
     ]
-    tokens = _tokens(model, prompts, ends, reasons, sampling, stop_ids, prefill_chunk, streams)
-    return Generation(tokens, reasons)
+    return Generation(
+        _tokens(model, rows, ends, reasons, sampling, stop_ids, prefill_chunk, streams), reasons
+    )
 
 
 def complete(
@@ -138,7 +141,7 @@ def complete(
 
 def _tokens(
     model: Llama,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[list[int]],
     ends: Sequence[int],
     reasons: list[Reason | None],
     sampling: Sampling,
@@ -153,9 +156,7 @@ def _tokens(
     training = model.training
     model.eval()
     try:
-        rows = [
-            list(prompt) if reason is None else [] for prompt, reason in zip(prompts, reasons, strict=True)
-        ]
+        rows = [prompt if reason is None else [] for prompt, reason in zip(prompts, reasons, strict=True)]
         lengths = [len(row) for row in rows]
         seen = None
         if sampling.repetition_penalty != 1:

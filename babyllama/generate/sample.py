@@ -118,7 +118,9 @@ def probabilities(logits: Float[np.ndarray, "B V"], sampling: Sampling) -> Float
     refuse_non_finite(logits, [f"row {row}" for row in range(len(logits))])
     scores = logits.astype(np.float64)
     if sampling.temperature == 0:
-        return np.eye(scores.shape[1])[scores.argmax(axis=1)]
+        chosen = np.zeros_like(scores)
+        chosen[np.arange(len(scores)), scores.argmax(axis=1)] = 1
+        return chosen
     with np.errstate(over="ignore", under="ignore"):  # cold tails go to exp(-inf) = 0, as they should
         weights = np.exp((scores - scores.max(axis=1, keepdims=True)) / sampling.temperature)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:

@@ -264,7 +264,7 @@ def test_a_token_that_the_model_does_not_have_is_refused(random_llama: Make, str
     ("name", "value"),
     [
         *[("max_tokens", -1), ("max_tokens", True), ("prefill_chunk", 0), ("max_len", 0), ("max_len", 193)],
-        *[("streams", [0, 1]), ("streams", [-1]), ("streams", [])],
+        *[("streams", [0, 1]), ("streams", [-1]), ("streams", [2**64]), ("streams", [])],
     ],
 )
 def test_a_number_out_of_range_is_refused_by_name(random_llama: Make, name: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -224,6 +225,16 @@ def test_an_immense_temperature_is_uniform_over_what_the_filters_allow() -> None
     hot = {"temperature": 1e308}
     assert one([-INF, 3, -5, 0], **hot) == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
     assert one([-INF, 3, -5, 4], **hot, top_k=2) == pytest.approx([0, 0.5, 0, 0.5])
+
+
+def test_memory_grows_with_the_vocabulary_and_not_with_its_square() -> None:
+    logits = random_logits(2, 50_000)
+    for settings in (GREEDY, Sampling(), Sampling(temperature=0.8, top_k=100, top_p=0.9, min_p=0.01)):
+        tracemalloc.start()
+        probabilities(logits, settings)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 12 * logits.nbytes
 
 
 def test_extreme_logits_neither_overflow_nor_become_nan() -> None:
