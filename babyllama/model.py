@@ -16,7 +16,8 @@ Sources: [Llama] arXiv:2302.13971  [Llama 3] arXiv:2407.21783  [Attention] arXiv
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
+from functools import partial
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,8 @@ from torch import Tensor, nn
 
 from babyllama.errors import UsageError
 
+
 # ---- sizes ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """How rotary frequencies are stretched to a context longer than the first one: see rope_frequencies."""
@@ -37,6 +37,12 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+
+    def __post_init__(self) -> None:
+        _require(self, "kind", self.kind in ("linear", "llama3"), "must be linear or llama3")
+        _require_positive(self)
+        rule = f"must be above low_freq_factor ({self.low_freq_factor})"
+        _require(self, "high_freq_factor", self.high_freq_factor > self.low_freq_factor, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,25 +63,27 @@ class Config:
     tie_embeddings: bool = False  # True: the embedding matrix is the output matrix too
 
     def __post_init__(self) -> None:
-        if not self.head_dim and self.n_heads > 0 and self.dim % self.n_heads:
-            self._refuse("dim", f"must be a multiple of n_heads ({self.n_heads}), or head_dim be given")
-        derived = {
-            "n_kv_heads": self.n_kv_heads or self.n_heads,
-            "head_dim": self.head_dim or self.dim // max(self.n_heads, 1),
-            "hidden_dim": self.hidden_dim or hidden_width(self.dim),
-        }
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)  # the one moment a frozen dataclass may be written
-        for name, value in vars(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < math.inf:
-                self._refuse(name, "must be above 0")
-        if self.n_heads % self.n_kv_heads:
-            self._refuse("n_kv_heads", f"must divide n_heads ({self.n_heads})")
-        if self.head_dim % 2:
-            self._refuse("head_dim", "must be even, since RoPE turns pairs")
+        fits = self.head_dim or self.n_heads < 1 or self.dim % self.n_heads == 0
+        _require(self, "dim", fits, f"must be a multiple of n_heads ({self.n_heads})")
+        derive = partial(object.__setattr__, self)  # the one moment a frozen dataclass may be written
+        derive("n_kv_heads", self.n_kv_heads or self.n_heads)
+        derive("head_dim", self.head_dim or self.dim // max(self.n_heads, 1))
+        derive("hidden_dim", self.hidden_dim or hidden_width(self.dim))
+        _require_positive(self)
+        fits = self.n_heads % self.n_kv_heads == 0
+        _require(self, "n_kv_heads", fits, f"must divide n_heads ({self.n_heads})")
+        _require(self, "head_dim", self.head_dim % 2 == 0, "must be even, since RoPE turns pairs")
 
-    def _refuse(self, name: str, rule: str) -> NoReturn:
-        raise UsageError("E102", name, f"{name} ({getattr(self, name)}) {rule}", f"choose another {name}")
+
+def _require(sizes: object, name: str, holds: object, rule: str) -> None:
+    if not holds:
+        raise UsageError("E102", name, f"{name} ({getattr(sizes, name)}) {rule}", f"choose another {name}")
+
+
+def _require_positive(sizes: object) -> None:
+    for name, value in vars(sizes).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _require(sizes, name, 0 < value < math.inf, "must be above 0")
 
 
 def hidden_width(dim: int, multiple_of: int = 32, ffn_dim_multiplier: float = 1.0) -> int:
@@ -119,8 +127,6 @@ def inside(tap: Tap, place: str) -> Tap:
 
 
 # ---- RMSNorm -------------------------------------------------------------------------------------
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · gain, for each token by itself.
 
@@ -181,8 +187,6 @@ def rotate(x: Float[Tensor, "B N T hd"], rope: Rope) -> Float[Tensor, "B N T hd"
 
 
 # ---- attention -----------------------------------------------------------------------------------
-
-
 @runtime_checkable
 class Cache(Protocol):
     """Keys and values of earlier tokens. A token's slot is its position, so rows may differ in length."""
@@ -246,8 +250,6 @@ class Attention(nn.Module):
 
 
 # ---- SwiGLU --------------------------------------------------------------------------------------
-
-
 class FeedForward(nn.Module):
     """w_down(silu(w_gate x) · w_up x), with silu(g) = g · sigmoid(g).
 
@@ -266,8 +268,6 @@ class FeedForward(nn.Module):
 
 
 # ---- the whole -----------------------------------------------------------------------------------
-
-
 class Block(nn.Module):
     """One layer: two branches read the residual stream through a norm, and each adds what it found."""
 
@@ -291,10 +291,13 @@ class Llama(nn.Module):
     def __init__(self, config: Config, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        with torch.random.fork_rng(devices=[]):  # what PyTorch fills new matrices with is overwritten below
+            self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+            self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+            self.norm = RMSNorm(config.dim, config.norm_eps)
+            self.lm_head = None
+            if not config.tie_embeddings:
+                self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if seed is not None:  # None: a loader will fill the weights
             self.init_weights(seed)
 
@@ -330,8 +333,10 @@ class Llama(nn.Module):
 
 
 def init_std(name: str, shape: tuple[int, ...]) -> float:
-    """Spread of a new matrix (out, in): 0 for the two that write into the residual stream, so that every block
-    begins as the identity; 0.02 for the vocabulary's; 1/√in for the rest, which keeps the scale."""
+    """Spread of a new matrix (out, in): 0 for the two that write into the residual stream, so that a block begins
+    as the identity; little for the vocabulary's, so that all tokens begin about equally likely; 1/√in elsewhere."""
     if name.endswith(("attention.wo.weight", "feed_forward.w_down.weight")):
         return 0.0
-    return 0.02 if name in ("tok_embeddings.weight", "lm_head.weight") else shape[1] ** -0.5
+    if name in ("tok_embeddings.weight", "lm_head.weight"):
+        return min(0.02, 2 / shape[1])
+    return shape[1] ** -0.5

@@ -659,7 +659,7 @@ def test_under_autocast_the_residual_stream_and_the_norms_stay_float32() -> None
 
 
 INIT_STD = {
-    "tok_embeddings.weight": 0.02,
+    "tok_embeddings.weight": 2 / 128,
     "attention.wq.weight": 128**-0.5,
     "attention.wk.weight": 128**-0.5,
     "attention.wv.weight": 128**-0.5,
@@ -667,7 +667,7 @@ INIT_STD = {
     "feed_forward.w_gate.weight": 128**-0.5,
     "feed_forward.w_up.weight": 128**-0.5,
     "feed_forward.w_down.weight": 0.0,
-    "lm_head.weight": 0.02,
+    "lm_head.weight": 2 / 128,
 }
 
 
@@ -706,9 +706,35 @@ def test_every_block_of_a_new_model_is_the_identity() -> None:
     assert values["layers.0.feed_forward.product"].abs().max() > 0.1  # yet there is something to learn from
 
 
+def test_making_a_model_leaves_the_global_random_numbers_alone() -> None:
+    before = torch.get_rng_state()
+    Llama(small())
+    Llama(small(), seed=None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("factor", {"factor": 0.0}),
+        ("factor", {"factor": -2.0}),
+        ("factor", {"factor": math.nan}),
+        ("low_freq_factor", {"low_freq_factor": 0.0}),
+        ("original_max_seq_len", {"original_max_seq_len": 0}),
+        ("high_freq_factor", {"low_freq_factor": 4.0, "high_freq_factor": 4.0}),
+    ],
+)
+def test_an_impossible_scaling_is_refused_by_its_name(field: str, changes: dict) -> None:
+    with pytest.raises(UsageError) as caught:
+        RopeScaling(**({"kind": "llama3", "factor": 8.0} | changes))
+    assert (caught.value.code, caught.value.where) == ("E102", field)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256, 1024])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_loss_of_a_new_model_is_that_of_knowing_nothing(tied: bool) -> None:
-    model = Llama(small(vocab_size=2048, dim=128, n_heads=4, n_kv_heads=4, tie_embeddings=tied))
+def test_loss_of_a_new_model_is_that_of_knowing_nothing(tied: bool, dim: int) -> None:
+    sizes = {"dim": dim, "n_layers": 1, "n_heads": 4, "n_kv_heads": 4}
+    model = Llama(small(vocab_size=2048, **sizes, tie_embeddings=tied))
     tokens = random_tokens(8, 65, vocab_size=2048)
     with torch.no_grad():
         loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
