@@ -30,14 +30,8 @@ SMALLEST_DEFAULT = 320  # ids; the smallest vocabulary that is chosen by itself
 TOKENIZER_SAMPLE = 100 * 2**20  # bytes of text that a tokenizer is trained on, at most
 SHORTEST_PIECE = 256  # characters, when few documents have to be cut to be split
 BATCH = 2**20  # characters encoded at a time
-TOLD = {
-    "source",
-    "tokenizer_sha256",
-    "vocab_size",
-    "duplicates",
-    "skipped",
-    "files",
-}  # by corpus.json, to open it
+# What corpus.json must say of the data before they can be opened.
+TOLD = {"source", "tokenizer_sha256", "vocab_size", "duplicates", "skipped", "files"}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Progress = Callable[[str, int, int], None]

@@ -265,9 +265,8 @@ def _jsonl(file: Path, reading: Reading) -> Iterator[Document]:
 def _lines(file: Path, reading: Reading) -> Iterator[str]:
     held = ""
     for chunk in _chunks(file, reading):
-        *lines, held = (held + chunk).split(
-            "\n"
-        )  # not splitlines, which cuts at U+2028 inside a JSON string too
+        # Not splitlines, which also cuts at U+2028, and that may stand in a JSON string.
+        *lines, held = (held + chunk).split("\n")
         yield from lines
         if len(held) > LONGEST_LINE:
             raise InputError(

@@ -86,6 +86,8 @@ def test_seeds_and_epochs_have_their_own_order_and_cuts() -> None:
     orders = [epoch(0, 0), epoch(0, 1), epoch(1, 0)]
     assert len({tuple(order) for order in orders}) == 3
     assert len({tuple(sorted(order)) for order in orders}) == 3  # windows begin elsewhere, too
+    jumps = {tuple((np.diff(order) % 499).tolist()) for order in orders}  # the same wherever the first cut is
+    assert len(jumps) == 3
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])

@@ -313,12 +313,13 @@ def test_a_share_outside_its_range_is_e102(tmp_path: Path, fraction: float) -> N
     _raises("E102", lambda: prepare(tmp_path, tmp_path / "out", val_fraction=fraction))
 
 
-def test_a_source_that_changes_meanwhile_is_e307(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["something else", ""])
+def test_a_source_that_changes_meanwhile_is_e307(tmp_path: Path, text: str) -> None:
     source = _folder(tmp_path, [_tale(n) for n in range(30)])
 
     def meddle(stage: str, done: int, total: int) -> None:
         if stage == "tokenizer":
-            (source / "005.txt").write_text("something else", encoding="utf-8")
+            (source / "005.txt").write_text(text, encoding="utf-8")
 
     _raises("E307", lambda: prepare(source, tmp_path / "out", progress=meddle))
     assert list(tmp_path.iterdir()) == [source]

@@ -146,8 +146,11 @@ def test_a_short_file_is_one_document_and_a_long_one_many(tmp_path: Path) -> Non
 
 def test_a_line_of_jsonl_is_a_document(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    rows = ["one\r\ntwo", "with \u2028 inside", "日本 \U0001f389"]
-    file.write_text("\n\n".join(json.dumps({"text": row, "n": 1}) for row in rows) + "\n", encoding="utf-8")
+    rows = ["one\r\ntwo", "with \u2028 inside", "日本 \U0001f389"]  # the last two are written as they are
+    file.write_text(
+        "\n\n".join(json.dumps({"text": row}, ensure_ascii=row.isascii()) for row in rows) + "\n",
+        encoding="utf-8",
+    )
     assert _texts(file) == ["one\ntwo", *rows[1:]]
     file.write_text('{"story": "a"}\n', encoding="utf-8")
     assert _texts(file, field="story") == ["a"]
