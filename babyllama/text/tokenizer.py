@@ -15,7 +15,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -286,7 +286,7 @@ def _core(data: bytes, where: object) -> Core:
     return core
 
 
-def _token_reader(core: Core, layout: dict[str, Any], where: object):
+def _token_reader(core: Core, layout: dict[str, Any], where: object) -> Callable[[str], bytes]:
     """The function from a token, as the file spells it, to its bytes."""
     if not isinstance(core.model, models.BPE):
         _broken(where, f"is a {type(core.model).__name__} vocabulary, expected BPE")
