@@ -241,6 +241,9 @@ def data(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Use this tokenizer instead of training one.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace prepared data that is there.")
+    ] = False,
     encoding: Encoding = "utf-8",
     on_bad_text: BadText = "error",
     field: Field = "text",
@@ -264,6 +267,7 @@ def data(
             field=field,
             encoding=encoding,
             on_bad_text=on_bad_text,
+            overwrite=overwrite,
             progress=progress,
         )
     facts(

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 

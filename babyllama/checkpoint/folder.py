@@ -45,9 +45,9 @@ def write_folder(folder: Path, files: Mapping[str, bytes], facts: Mapping[str, A
             _write_durably(half_done / name, content)
             listed[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         _write_durably(half_done / MANIFEST, _sealed({"format": FORMAT, **(facts or {}), "files": listed}))
-        _sync_folder(half_done)
+        sync(half_done)
         half_done.rename(folder)
-        _sync_folder(parent)
+        sync(parent)
     except OSError as error:
         shutil.rmtree(half_done, ignore_errors=True)
         raise refused(error, folder, needed) from error
@@ -111,7 +111,7 @@ def replace_file(path: Path, content: bytes) -> None:
         half_done.unlink(missing_ok=True)
         _write_durably(half_done, content)
         half_done.replace(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             half_done.unlink()
@@ -203,10 +203,11 @@ def _write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder, and makes renames durable by itself
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and makes renames durable by itself
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

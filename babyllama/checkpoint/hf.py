@@ -181,7 +181,9 @@ def _number(value: Any, kind: type, refuse: Callable[[str], InputError]) -> Any:
 
 
 def _one_or_list(tokenizer: Tokenizer) -> int | list[int]:
-    return tokenizer.eos_id if len(tokenizer.eos_ids) == 1 else sorted(tokenizer.eos_ids)
+    """The end tokens as config.json has them; the first of several is the one that ends a document."""
+    others = sorted(tokenizer.eos_ids - {tokenizer.eos_id})
+    return [tokenizer.eos_id, *others] if others else tokenizer.eos_id
 
 
 # ---- folders -------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ A prepared folder holds train.bin and val.bin (token ids, little-endian, each do
 tokenizer's files, and corpus.json, which says how it was made and holds the size and sha256 of every other file.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from babyllama.checkpoint.folder import file_sha256, refused, sync
 from babyllama.data import library
 from babyllama.data.documents import PIECE, Document, Reading, cut, find_files, read_file
 from babyllama.errors import InputError, MachineError, UsageError
@@ -32,7 +32,6 @@ SHORTEST_PIECE = 256  # characters, when few documents have to be cut to be spli
 BATCH = 2**20  # characters encoded at a time
 # What corpus.json must say of the data before they can be opened.
 TOLD = {"source", "tokenizer_sha256", "vocab_size", "duplicates", "skipped", "files"}
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Progress = Callable[[str, int, int], None]
 """(stage, bytes done, bytes in all or 0 if unknown); the stages are "reading", "tokenizer" and "encoding"."""
@@ -171,7 +170,7 @@ def prepare(
         size = default_vocab_size(train_bytes) if vocab_size is None else vocab_size
         tokenizer = Tokenizer.train(documents, size, exact=vocab_size is not None)
 
-    made = out.with_name(f".{out.name}.tmp-{secrets.token_hex(6)}")
+    made = out.with_name(f".tmp-{out.name}-{secrets.token_hex(6)}")
     try:
         with _coded(out):
             made.mkdir(parents=True)
@@ -411,7 +410,7 @@ def _encode(
 def _write_about(folder: Path, about: dict[str, Any]) -> None:
     """corpus.json, last: it vouches for every other file of the folder, and its fingerprint for itself."""
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
+        path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
         if path.name != "corpus.json"
     }
@@ -457,7 +456,7 @@ def _check_file(path: Path, expected: dict[str, Any]) -> None:
         raise InputError("E307", path, "is missing", _again(path.parent))
     if (size := path.stat().st_size) != expected["size"]:
         raise InputError("E307", path, f"has {size} bytes, expected {expected['size']}", _again(path.parent))
-    if _sha256(path) != expected["sha256"]:
+    if file_sha256(path) != expected["sha256"]:
         raise InputError("E307", path, "sha256 differs from corpus.json (file damaged)", _again(path.parent))
 
 
@@ -482,11 +481,6 @@ def _again(folder: Path) -> str:
     return f"prepare the text again:  babyllama data TEXT --out {folder} --overwrite"
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _refuse(out: Path, overwrite: bool) -> None:
     """Raises E403 unless `out` is free, or holds prepared data that may be replaced."""
     with _coded(out):
@@ -505,12 +499,12 @@ def _refuse(out: Path, overwrite: bool) -> None:
 def _publish(made: Path, out: Path, overwrite: bool) -> None:
     """Put everything on the disk, then give the folder its name: of two preparations one wins, whole."""
     for path in made.iterdir():
-        _sync(path)
-    _sync(made)
+        sync(path)
+    sync(made)
     _refuse(out, overwrite)  # as late as possible; the rename below decides
     old = None
     if overwrite and out.is_dir():
-        old = out.with_name(f".{out.name}.old-{secrets.token_hex(6)}")
+        old = out.with_name(f".del-{out.name}-{secrets.token_hex(6)}")
         out.rename(old)
     elif os.name == "nt":
         with suppress(OSError):
@@ -528,18 +522,7 @@ def _publish(made: Path, out: Path, overwrite: bool) -> None:
     finally:
         if old:
             shutil.rmtree(old, ignore_errors=True)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name != "posix" and path.is_dir():
-        return  # elsewhere a folder cannot be opened
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(out.parent)
 
 
 @contextmanager
@@ -548,14 +531,4 @@ def _coded(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename or path
-        if error.errno in FULL:
-            raise MachineError(
-                "E401",
-                where,
-                f"no space left ({error.strerror})",
-                "free some space, or choose another disk:  --out DIR",
-            ) from error
-        raise MachineError(
-            "E403", where, f"cannot be used: {error.strerror}", "check the path and its permissions"
-        ) from error
+        raise refused(error, Path(error.filename or path)) from error
