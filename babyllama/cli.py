@@ -1,9 +1,11 @@
 """The command line: one verb a stage. It parses, calls, prints; the work is done elsewhere."""
 
+import inspect
 import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +17,9 @@ INTRO = """Train a small Llama on your own text, and look at what it has learned
 
 [bold]Begin here[/bold]
 
-  babyllama story                             train on fairy tales for three minutes, then tell one
-  babyllama train notes/ --minutes 10         train on a file or a folder of yours
-  babyllama generate runs/notes "Dear diary"  let it go on
+  babyllama story                              learn fairy tales, tell one
+  babyllama train notes/ --minutes 10          learn a file or folder of yours
+  babyllama generate runs/notes "Dear diary"   write like it
 
 Named texts can stand wherever a file can: fairy-tales, shakespeare, hub:NAME (a Hugging Face data set).
 """
@@ -35,6 +37,18 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def verb(panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose help is its docstring, each paragraph filled to the width of the terminal."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        parts = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+        text = "\n\n".join(" ".join(part.split()) for part in parts)
+        return app.command(rich_help_panel=panel, help=text)(function)
+
+    return add
+
 
 ParseError: Any = typer.BadParameter.__base__  # of everything that is wrong with a command line
 
@@ -57,7 +71,7 @@ STORY_BEGINNING = "Once upon a time"
 STORY_TOKENS = 180  # after so many, the next sentence that ends is the last
 
 
-@app.command(rich_help_panel="Start")
+@verb("Start")
 def story(
     minutes: Annotated[float, typer.Option(help="Minutes of training, the first time.")] = 3.0,
     out: Annotated[Path, typer.Option("--out", help="Where the run is kept.")] = STORY_RUN,
@@ -117,10 +131,11 @@ def _finished(out: Path) -> bool:
 # ---- train ---------------------------------------------------------------------------------------
 
 
-@app.command(rich_help_panel="Start")
+@verb("Start")
 def train(
     text: Annotated[
-        str | None, typer.Argument(help="A file, a folder, prepared data, or the name of a text.")
+        str | None,
+        typer.Argument(metavar="TEXT", help="A file, a folder, prepared data, or the name of a text."),
     ] = None,
     out: Out = None,
     minutes: Annotated[
@@ -233,9 +248,9 @@ def _settings(pairs: list[str]) -> dict[str, str]:
 # ---- data ----------------------------------------------------------------------------------------
 
 
-@app.command(rich_help_panel="The parts")
+@verb("The parts")
 def data(
-    text: Annotated[str, typer.Argument(help="A file, a folder or the name of a text.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="A file, a folder or the name of a text.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     vocab_size: Vocabulary = None,
     tokenizer: Annotated[
@@ -293,12 +308,17 @@ def data(
 # ---- generate ------------------------------------------------------------------------------------
 
 
-@app.command(rich_help_panel="Start")
+@verb("Start")
 def generate(
     model: Annotated[
-        Path, typer.Argument(help="A run, a saved step, a Hugging Face folder or a llama2.c file.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A run, a saved step, a Hugging Face folder or a llama2.c file."
+        ),
     ],
-    prompt: Annotated[str, typer.Argument(help="The beginning that is to be continued.")] = "",
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="The beginning that is to be continued.")
+    ] = "",
     max_tokens: Annotated[int, typer.Option(help="Tokens to add, at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token; above 1: bolder.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens only; 0: all.")] = 0,
@@ -369,10 +389,13 @@ def _strategies(llama: Any, prompt: str, max_tokens: int, seed: int) -> None:
 # ---- info and doctor -----------------------------------------------------------------------------
 
 
-@app.command(rich_help_panel="The parts")
+@verb("The parts")
 def info(
     model: Annotated[
-        Path, typer.Argument(help="A run, a saved step, a folder, a llama2.c file or a config.json.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A run, a saved step, a folder, a llama2.c file or a config.json."
+        ),
     ],
     context: Annotated[int, typer.Option(help="Tokens in a row; 0: the model's own context.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Rows at once, for the memory of training.")] = 1,
@@ -406,7 +429,7 @@ def info(
     console.print(costs.block_drawing(config), markup=False)
 
 
-@app.command(rich_help_panel="The parts")
+@verb("The parts")
 def doctor() -> None:
     """What this machine has, whether it computes rightly, and what would be used."""
     from babyllama import machine
