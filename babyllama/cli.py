@@ -402,7 +402,7 @@ def info(
 ) -> None:
     """What a model is made of and what it costs: parameters, FLOPs, memory, and a drawing of its block."""
     from babyllama import api, costs
-    from babyllama.terminal import console, costs_table, facts
+    from babyllama.terminal import console, costs_table, facts, memory_facts
 
     config = api.load_config(model)
     cost = costs.costs(config, batch_size, context)
@@ -426,6 +426,8 @@ def info(
     console.print()
     console.print(costs_table(cost))
     console.print()
+    facts(memory_facts(cost), "Memory")
+    console.print()
     console.print(costs.block_drawing(config), markup=False)
 
 
@@ -434,7 +436,7 @@ def doctor() -> None:
     """What this machine has, whether it computes rightly, and what would be used."""
     from babyllama import machine
     from babyllama.errors import NumericalError
-    from babyllama.terminal import console, count, facts, size
+    from babyllama.terminal import console, facts, size
 
     found = machine.look()
     rows = [
@@ -453,7 +455,10 @@ def doctor() -> None:
     speed = machine.measure_precision("cpu")
     console.print()
     facts(
-        [("float32", f"{count(speed.float32)}FLOP/s"), ("bfloat16", f"{count(speed.bfloat16)}FLOP/s")],
+        [
+            ("float32", f"{speed.float32 / 1e9:,.0f} GFLOP/s"),
+            ("bfloat16", f"{speed.bfloat16 / 1e9:,.0f} GFLOP/s"),
+        ],
         "Matrix products on the CPU",
     )
     console.print()

@@ -204,37 +204,36 @@ class TrainingScreen:
 
 
 def costs_table(cost: Any) -> Table:
-    """What a model costs, component by component."""
-    table = Table(box=None, padding=(0, 2), pad_edge=True)
-    for name in ("", "embedding", "attention", "feed-forward", "norms", "head", "total"):
-        table.add_column(
-            name, justify="left" if not name else "right", style="bold" if name == "total" else ""
-        )
+    """What each component of a model costs: parameters, and FLOPs a token."""
+    table = Table(box=None, padding=(0, 2))
+    table.add_column("", style="dim")
+    for name in ("parameters", "FLOPs a token", "of training"):
+        table.add_column(name, justify="right")
     n, forward, training = cost.parameters, cost.forward_flops, cost.training_flops
-    table.add_row(
-        "parameters",
-        *(count(x) for x in (n.embedding, n.attention, n.feed_forward, n.norms, n.head, n.total)),
-    )
-    for name, flops in (("FLOPs a token", forward), ("in training", training)):
-        attention = flops.attention_matrices + flops.attention_scores
-        table.add_row(
-            name, "", count(attention), count(flops.feed_forward), "", count(flops.head), count(flops.total)
-        )
-    memory = cost.training_bytes
-    parts = {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimiser": memory.optimizer,
-        "activations": memory.activations,
+    rows = {
+        "embedding": (n.embedding, 0, 0),
+        "attention, matrices": (n.attention, forward.attention_matrices, training.attention_matrices),
+        f"attention, {cost.context:,} scores": (0, forward.attention_scores, training.attention_scores),
+        "feed-forward": (n.feed_forward, forward.feed_forward, training.feed_forward),
+        "norms": (n.norms, 0, 0),
+        "head": (n.head, forward.head, training.head),
     }
-    grid = Table.grid(padding=(0, 2))
-    grid.add_row(table)
-    grid.add_row("")
-    shown = ", ".join(f"{name} {size(number)}" for name, number in parts.items())
+    for name, numbers in rows.items():
+        table.add_row(name, *(count(number) if number else "" for number in numbers))
+    table.add_row("all", count(n.total), count(forward.total), count(training.total), style="bold")
+    return table
+
+
+def memory_facts(cost: Any) -> list[tuple[str, str]]:
+    """The bytes of training and of the cache, for `facts`."""
     rows = f"{cost.batch_size} row{'s' if cost.batch_size > 1 else ''} of {cost.context:,} tokens"
-    grid.add_row(f"  [dim]memory to train ({rows})[/dim]  [bold]{size(memory.total)}[/bold]: {shown}")
-    grid.add_row(f"  [dim]memory of the cache ({rows})[/dim]  [bold]{size(cost.cache_bytes)}[/bold]")
-    return grid
+    t = cost.training_bytes
+    return [
+        ("to train", f"{size(t.total)} with {rows}, of which:"),
+        ("", f"weights {size(t.weights)}, gradients {size(t.gradients)}"),
+        ("", f"optimiser {size(t.optimizer)}, activations {size(t.activations)}"),
+        ("to generate", f"{size(t.weights)} of weights and {size(cost.cache_bytes)} of cache, {rows}"),
+    ]
 
 
 # ---- errors --------------------------------------------------------------------------------------

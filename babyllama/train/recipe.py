@@ -27,6 +27,7 @@ SHAPES = (
     (1024, 16, 16),
 )
 TOKENS_PER_PARAMETER = 0.8  # a model that is to see fewer tokens than this for each parameter is too large
+CONTEXTS = (256, 128, 64, 32, 16)  # the longest of which the text fills sixteen rows
 PARAMETERS_PER_BYTE = 1.55  # of training text; more only learns it by heart
 SHARE_OF_PEAK = 0.3  # of the speed of a bare matrix product, reached by a whole training step
 MEMORY_SHARE = 0.8  # of the free memory that training may plan to use
@@ -122,7 +123,9 @@ def plan(
     speed = machine.measure_precision(device)
     precision = settings.pop("precision", speed.best)
     peak = max(speed.bfloat16, speed.float32) if precision == "bfloat16" else speed.float32
-    context = settings.pop("context", 128 if text_bytes <= 8 * 2**20 else 256)
+    context = settings.pop("context", None) or next(
+        one for one in CONTEXTS if train_tokens >= 16 * one or one == 16
+    )
 
     def config(shape: tuple[int, int, int]) -> Config:
         dim, n_layers, n_heads = shape
