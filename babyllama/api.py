@@ -254,12 +254,10 @@ class LoadedLlama:
         repetition_penalty: float = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
-        enough: Callable[[str], bool] | None = None,
     ) -> Iterator[str]:
         """The same piece by piece: whole characters only, and nothing of a stop string.
 
-        Ends after max_tokens, at an end token, at a string of `stop`, at the end of the context, or when `enough`,
-        which is shown the text so far, says so.
+        Ends after max_tokens, at an end token, at a string of `stop`, or at the end of the context.
 
         Raises UsageError E102 (a value out of range), InputError E311 (prompt too long), NumericalError E502.
         """
@@ -278,13 +276,11 @@ class LoadedLlama:
             sampling=sampling,
             stop_ids=self.tokenizer.eos_ids,
         )
-        stream, text = TextStream(self.tokenizer, stop), ""
+        stream = TextStream(self.tokenizer, stop)
         for token in tokens:
-            piece = stream.push(token.id)
-            text += piece
-            if piece:
+            if piece := stream.push(token.id):
                 yield piece
-            if stream.stopped or (enough is not None and enough(text)):
+            if stream.stopped:
                 break
         if piece := stream.flush():
             yield piece

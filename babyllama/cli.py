@@ -3,6 +3,7 @@
 import inspect
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -68,7 +69,7 @@ Seed = Annotated[int, typer.Option(help="Another seed, another result; the same 
 
 STORY_RUN = Path("runs/fairy-tales")
 STORY_BEGINNING = "Once upon a time"
-STORY_TOKENS = 180  # after so many, the next sentence that ends is the last
+SENTENCE_END = re.compile(r"""[.!?]["')]*(?=\s)""")
 
 
 @verb("Start")
@@ -106,20 +107,14 @@ def story(
 
 
 def _tell(llama: Any, beginning: str, seed: int) -> None:
-    """Stream a story that ends with a sentence."""
+    """Fill the context with a story, and tell it up to its last whole sentence."""
     from babyllama.terminal import say
 
-    def enough(text: str) -> bool:
-        long = len(llama.tokenizer.encode(text)) >= STORY_TOKENS
-        return long and text.rstrip().endswith((".", "!", "?", '."', '!"', '?"'))
-
-    say(beginning, end="")
-    room = llama.config.max_seq_len
-    for piece in llama.stream(
-        beginning, max_tokens=room, temperature=0.7, top_p=0.9, seed=seed, enough=enough
-    ):
-        say(piece, end="")
-    say("")
+    story = beginning + llama.generate(
+        beginning, max_tokens=llama.config.max_seq_len, temperature=0.6, top_p=0.9, seed=seed
+    )
+    ends = [found.end() for found in SENTENCE_END.finditer(story)]
+    say(story[: ends[-1]] if ends else story)
 
 
 def _finished(out: Path) -> bool:
