@@ -1,0 +1,284 @@
+"""This text, this machine, these minutes: the plan, what may change it, and what is refused."""
+
+import json
+import math
+from dataclasses import fields, replace
+
+import pytest
+
+from babyllama import costs, machine
+from babyllama.errors import BabyLlamaError
+from babyllama.machine import Precision
+from babyllama.model import Config, RopeScaling
+from babyllama.train import recipe
+from babyllama.train.recipe import SHAPES, Plan, parse_size, plan, plan_from_json, plan_to_json
+
+BYTES = [20_000, 200_000, 2_000_000, 20_000_000, 2_000_000_000]
+MINUTES = [0.1, 1, 10, 100, 1000, 10_000]
+
+
+@pytest.fixture(autouse=True)
+def this_machine(monkeypatch):
+    """Two cores, 64 GiB, 100 GFLOP/s: nothing depends on the machine that runs the tests."""
+    monkeypatch.setattr(machine, "measure_precision", lambda device: Precision("float32", 1e11, 0.0))
+    monkeypatch.setattr(machine, "best_device", lambda: "cpu")
+    monkeypatch.setattr(machine, "physical_cores", lambda: 2)
+    monkeypatch.setattr(machine, "memory", lambda: (2**36, 2**36))
+
+
+def planned(text_bytes=1_000_000, train_tokens=None, **options) -> Plan:
+    tokens = text_bytes // 3 if train_tokens is None else train_tokens
+    return plan(vocab_size=1024, text_bytes=text_bytes, train_tokens=tokens, **options)
+
+
+def refused(code, **options) -> BabyLlamaError:
+    with pytest.raises(BabyLlamaError) as caught:
+        planned(**options)
+    assert caught.value.code == code, caught.value
+    return caught.value
+
+
+def parameters(plan: Plan) -> int:
+    return costs.parameters(plan.model).total
+
+
+# ---- text and time -------------------------------------------------------------------------------
+
+
+def test_more_text_and_more_time_give_a_larger_model_or_the_same():
+    sizes = [[parameters(planned(text, minutes=minutes)) for minutes in MINUTES] for text in BYTES]
+    for row in sizes:
+        assert row == sorted(row)
+    for column in zip(*sizes, strict=True):
+        assert list(column) == sorted(column)
+    assert sizes[0][0] == min(map(min, sizes)) < sizes[2][2] < sizes[-1][-1], "and each of them counts"
+    assert sizes[-1][0] < sizes[-1][-1] and sizes[0][-1] < sizes[-1][-1]
+
+
+@pytest.mark.parametrize("text_bytes", BYTES)
+@pytest.mark.parametrize("minutes", MINUTES)
+def test_no_model_is_larger_than_its_text_or_its_time_allows(text_bytes, minutes):
+    chosen = planned(text_bytes, minutes=minutes)
+    shape = (chosen.model.dim, chosen.model.n_layers, chosen.model.n_heads)
+    assert shape in SHAPES
+    if shape != SHAPES[0]:
+        flops = costs.training_flops(chosen.model, chosen.context).total
+        seen = minutes * 60 * recipe.SHARE_OF_PEAK * 1e11 / flops
+        assert parameters(chosen) <= recipe.PARAMETERS_PER_BYTE * text_bytes
+        assert seen >= recipe.TOKENS_PER_PARAMETER * parameters(chosen)
+    assert chosen.batch_size >= 1 and chosen.tokens_per_step <= 2**16 + chosen.context
+    assert chosen.tokens_per_step <= max(chosen.context, text_bytes // 3), "no more than an epoch in a step"
+
+
+def test_a_faster_machine_trains_a_larger_model(monkeypatch):
+    slow = planned(20_000_000, minutes=10)
+    monkeypatch.setattr(machine, "measure_precision", lambda device: Precision("bfloat16", 1e11, 3e12))
+    fast = planned(20_000_000, minutes=10)
+    assert parameters(fast) > parameters(slow)
+    assert (slow.precision, fast.precision) == ("float32", "bfloat16")
+    by_choice = planned(20_000_000, minutes=10, settings={"precision": "float32"})
+    assert by_choice.precision == "float32" and by_choice.model == slow.model
+
+
+def test_a_number_of_steps_does_not_depend_on_the_speed_of_the_machine(monkeypatch):
+    before = planned(steps=100)
+    monkeypatch.setattr(machine, "measure_precision", lambda device: Precision("float32", 1e9, 0.0))
+    assert planned(steps=100) == before
+    assert (before.steps, before.seconds) == (100, 0.0)
+
+
+def test_small_models_learn_faster_and_none_faster_than_the_limit():
+    rates = [planned(size=size, steps=9).learning_rate for size in ("100k", "1M", "10M", "100M")]
+    assert rates == sorted(rates, reverse=True) and rates[0] == 0.004 and rates[-1] < rates[0] / 1.5
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [({}, 600.0), ({"minutes": 2}, 120.0), ({"minutes": 0.5}, 30.0)]
+)
+def test_minutes_become_seconds_and_ten_is_the_default(given, seconds):
+    chosen = planned(**given)
+    assert (chosen.seconds, chosen.steps) == (seconds, 0)
+
+
+def test_the_context_adapts_to_a_short_text():
+    contexts = [planned(train_tokens=tokens, steps=9).context for tokens in (40, 600, 3000, 10**4, 10**6)]
+    assert contexts == sorted(contexts) and contexts[0] < contexts[2] < contexts[-1]
+    for tokens in (40, 600, 3000, 10**4, 10**6):
+        chosen = planned(train_tokens=tokens, steps=9)
+        assert chosen.context < tokens and chosen.model.max_seq_len == chosen.context
+
+
+# ---- size ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_size_of_a_shape_gives_this_shape_and_nearby_sizes_too(shape):
+    dim, n_layers, n_heads = shape
+    model = Config(
+        vocab_size=1024, dim=dim, n_layers=n_layers, n_heads=n_heads, max_seq_len=planned(steps=1).context
+    )
+    own = costs.parameters(model).total
+    for size in (own, own * 1.1, own / 1.1):
+        assert planned(size=str(size), steps=1).model == model
+
+
+def test_between_two_shapes_the_nearer_ratio_decides():
+    small, large = (parameters(planned(size=size, steps=1)) for size in ("500k", "1M"))
+    assert small < large
+    middle = math.sqrt(small * large)
+    assert parameters(planned(size=f"{middle * 0.98:.0f}", steps=1)) == small
+    assert parameters(planned(size=f"{middle * 1.02:.0f}", steps=1)) == large
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("260k", 260e3), ("3M", 3e6), ("15m", 15e6), ("1.5M", 1.5e6), ("1B", 1e9), ("2K", 2e3), ("123456", 123456.0),
+     ("1e6", 1e6)],
+)  # fmt: skip
+def test_a_size_is_read_as_a_person_writes_it(text, number):
+    assert parse_size(text) == pytest.approx(number)
+
+
+@pytest.mark.parametrize("text", ["", "M", "big", "0", "0M", "-3M", "nan", "inf", "3MM", "3 apples", "1,5M"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(BabyLlamaError) as caught:
+        parse_size(text)
+    assert caught.value.code == "E102"
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+OTHER = {
+    "context": 48, "batch_size": 3, "accumulation": 2, "learning_rate": 0.0123, "warmup": 0.25, "beta1": 0.8,
+    "beta2": 0.9, "weight_decay": 0.3, "clip": 2.5, "seed": 77, "device": "cpu", "precision": "bfloat16",
+    "threads": 1, "evaluations": 3, "evaluation_tokens": 500, "save_every": 11, "save_seconds": 12.5,
+}  # fmt: skip
+
+
+def test_every_setting_of_a_plan_is_tried_here():
+    assert {*OTHER, "model", "steps", "seconds"} == {field.name for field in fields(Plan)}
+
+
+@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("written", [str, lambda value: value], ids=["as text", "as it is"])
+def test_a_setting_reaches_the_plan_as_what_it_is(name, written):
+    chosen = planned(steps=9, settings={name: written(OTHER[name])})
+    assert getattr(chosen, name) == OTHER[name] and type(getattr(chosen, name)) is type(OTHER[name])
+    rest = planned(steps=9)
+    if name == "context":
+        assert chosen.model == replace(rest.model, max_seq_len=48)
+    else:
+        assert chosen == replace(rest, **{name: OTHER[name]}), "and changes nothing else"
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        ({"learnig_rate": 1}, "E101"),
+        ({"model": "large"}, "E101"),
+        ({"steps": 3}, "E101"),
+        ({"precision": "float8"}, "E101"),
+        ({"batch_size": "four"}, "E102"),
+        ({"batch_size": "1.5"}, "E102"),
+        ({"batch_size": None}, "E102"),
+        ({"batch_size": 0}, "E102"),
+        ({"accumulation": -1}, "E102"),
+        ({"learning_rate": "nan"}, "E102"),
+        ({"learning_rate": "inf"}, "E102"),
+        ({"weight_decay": -0.1}, "E102"),
+        ({"warmup": 1}, "E102"),
+        ({"beta2": 1.0}, "E102"),
+        ({"clip": -1}, "E102"),
+        ({"seed": -1}, "E102"),
+        ({"evaluation_tokens": 0}, "E102"),
+        ({"save_every": -1}, "E102"),
+        ({"threads": 0}, "E102"),
+    ],
+)
+def test_settings_that_are_unknown_or_ill_typed_have_a_code_and_their_name(settings, code):
+    (name,) = settings
+    assert name in refused(code, steps=9, settings=settings).where
+
+
+def test_an_unknown_setting_names_the_nearest():
+    assert "learning_rate" in refused("E101", steps=9, settings={"learnig_rate": 1}).fix
+
+
+def test_the_settings_of_the_caller_are_left_as_they_were():
+    settings = {"context": "32", "precision": "float32"}
+    planned(steps=9, settings=settings)
+    assert settings == {"context": "32", "precision": "float32"}
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"minutes": 1, "steps": 1}, "E103"),
+        ({"minutes": 0}, "E102"),
+        ({"minutes": math.nan}, "E102"),
+        ({"minutes": math.inf}, "E102"),
+        ({"steps": 0}, "E102"),
+        ({"steps": -5}, "E102"),
+        ({"device": "abacus"}, "E101"),
+        ({"size": "huge"}, "E102"),
+    ],
+)
+def test_an_impossible_wish_is_refused(options, code):
+    refused(code, **options)
+
+
+def test_a_plan_ends_after_steps_or_after_seconds_and_never_after_both_or_neither():
+    for both in ({"steps": 5, "seconds": 5.0}, {}):
+        with pytest.raises(BabyLlamaError) as caught:
+            Plan(model=Config(vocab_size=9, dim=8, n_layers=1, n_heads=1), context=8, batch_size=1, **both)
+        assert caught.value.code == "E103"
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 16])
+def test_a_text_shorter_than_a_row_is_refused_and_one_token_more_is_taken(tokens):
+    refused("E303", train_tokens=tokens, steps=9)
+    assert planned(train_tokens=17, steps=9).context == 16
+    said = refused("E303", train_tokens=64, steps=9, settings={"context": 64})
+    assert "64" in said.found and "65" in said.found
+    assert planned(train_tokens=65, steps=9, settings={"context": 64}).batch_size == 1
+
+
+def test_more_than_fits_in_memory_is_refused_and_what_fits_is_not(monkeypatch):
+    chosen = planned(size="10M", steps=9)
+    needed = costs.training_bytes(chosen.model, chosen.batch_size, chosen.context).total
+    monkeypatch.setattr(machine, "memory", lambda: (2**36, int(needed / recipe.MEMORY_SHARE * 1.01)))
+    assert planned(size="10M", steps=9) == chosen
+    monkeypatch.setattr(machine, "memory", lambda: (2**36, int(needed / recipe.MEMORY_SHARE * 0.99)))
+    said = refused("E404", size="10M", steps=9)
+    assert "--size" in said.fix and f"batch_size={chosen.batch_size // 4}" in said.fix
+    planned(size="10M", steps=9, settings={"batch_size": chosen.batch_size // 4})
+    monkeypatch.setattr(machine, "memory", lambda: (None, None))
+    assert planned(size="10M", steps=9) == chosen, "not known is not too little"
+
+
+# ---- to and from run.json ------------------------------------------------------------------------
+
+SCALINGS = [None, RopeScaling(kind="linear", factor=4.0), RopeScaling(kind="llama3", factor=32.0)]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_plan_written_down_and_read_is_the_same(scaling, tied):
+    model = Config(
+        vocab_size=99, dim=24, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=10, hidden_dim=40, max_seq_len=77,
+        norm_eps=1e-6, rope_theta=5e5, rope_scaling=scaling, tie_embeddings=tied,
+    )  # fmt: skip
+    for end in ({"steps": 5}, {"seconds": 0.1}):
+        chosen = Plan(model=model, **end, **OTHER)
+        again = plan_from_json(json.loads(json.dumps(plan_to_json(chosen))))
+        assert again == chosen and type(again.model.rope_scaling) is type(scaling)
+
+
+def test_a_plan_of_a_later_version_is_refused_and_not_half_understood():
+    value = plan_to_json(planned(steps=9)) | {"dropout": 0.1}
+    with pytest.raises(BabyLlamaError, match="dropout") as caught:
+        plan_from_json(value)
+    assert caught.value.code == "E101"
