@@ -1,0 +1,361 @@
+"""The surface in Python: any model opens, and says the same however it is asked."""
+
+import json
+import math
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import babyllama
+from babyllama import api, machine
+from babyllama.api import LoadedLlama, Planned, load, load_config
+from babyllama.checkpoint.hf import build, model_files
+from babyllama.checkpoint.run import Run
+from babyllama.errors import BabyLlamaError, InputError, NumericalError, UsageError
+from babyllama.generate.engine import Token
+from babyllama.model import Config, Llama
+from babyllama.text.tokenizer import BOS, EOS, Tokenizer
+from babyllama.train.evaluate import score
+from babyllama.train.loop import Outcome, Started
+
+TEXT = "Once upon a time a swan sang by the lake. Größe 😀, and the little king slept under the tree.\n"
+CONTEXT = 48
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([TEXT * 4], 290)
+
+
+def weights(config: Config, seed: int) -> dict[str, torch.Tensor]:
+    model, generator = Llama(config, seed=0), torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.data.normal_(0, 0.2, generator=generator)
+    return model.state_dict()
+
+
+def config(tokenizer: Tokenizer) -> Config:
+    return Config(vocab_size=tokenizer.vocab_size, dim=32, n_layers=2, n_heads=2, max_seq_len=CONTEXT)
+
+
+def same(llama: LoadedLlama, expected: dict[str, torch.Tensor]) -> bool:
+    found = llama.model.state_dict()
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer, tmp_path_factory) -> Run:
+    """A run of three saved steps, of which the middle one is the best."""
+    made = Run.create(tmp_path_factory.mktemp("runs") / "run", {})
+    for step, bits in ((10, 3.0), (20, 1.5), (30, 2.0)):
+        files = model_files(config(tokenizer), weights(config(tokenizer), step), tokenizer)
+        made.save(step, files, {"step": step, "bits_per_byte": bits})
+    return made
+
+
+@pytest.fixture(scope="module")
+def llama(run) -> LoadedLlama:
+    return load(run.path)
+
+
+def refused(code, call, *arguments, **options) -> BabyLlamaError:
+    with pytest.raises(BabyLlamaError) as caught:
+        call(*arguments, **options)
+    assert caught.value.code == code, caught.value
+    return caught.value
+
+
+# ---- opening -------------------------------------------------------------------------------------
+
+
+def test_of_a_run_the_best_step_is_opened_or_the_one_asked_for(run, tokenizer):
+    assert run.steps() == [20, 30]
+    assert same(load(run.path), weights(config(tokenizer), 20))
+    assert same(load(str(run.path), step=30), weights(config(tokenizer), 30))
+    assert same(load(run.folder(30)), weights(config(tokenizer), 30)), "a step is a folder like any other"
+    refused("E207", load, run.path, step=10)
+
+
+def test_a_folder_saved_by_transformers_is_opened_with_its_tokenizer(tokenizer, tmp_path):
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokenizer.vocab_size, hidden_size=36, intermediate_size=50, num_hidden_layers=2,
+            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5,
+        )
+    ).eval()  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    core = tmp_path / "core.json"
+    core.write_bytes(tokenizer.files()["tokenizer.json"])
+    PreTrainedTokenizerFast(tokenizer_file=str(core), bos_token=BOS, eos_token=EOS).save_pretrained(tmp_path)
+    opened = load(tmp_path)
+    ids = opened.encode(TEXT)[:40]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0].numpy()
+    assert ids == tokenizer.encode(TEXT, bos=True)[:40]
+    assert np.abs(opened.logits(ids) - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert opened.tokenizer.eos_ids == tokenizer.eos_ids
+
+
+@pytest.fixture
+def llama2c(tokenizer, tmp_path) -> Path:
+    V, sizes = tokenizer.vocab_size, (16, 24, 1, 2, 2)
+    numbers = V * 16 + 2 * 16 + 4 * 16 * 16 + 3 * 24 * 16 + 16 + 2 * CONTEXT * 4
+    floats = np.random.default_rng(0).normal(0, 0.3, numbers).astype("<f4")
+    path = tmp_path / "model.bin"
+    path.write_bytes(struct.pack("<7i", *sizes, V, CONTEXT) + floats.tobytes())
+    return path
+
+
+def test_a_llama2c_file_needs_a_tokenizer_and_then_writes(llama2c, run, tokenizer):
+    assert "--tokenizer" in refused("E103", load, llama2c).fix
+    opened = load(llama2c, tokenizer=run.folder(20) / "tokenizer.json")
+    assert opened.tokenizer.sha256 == tokenizer.sha256 and opened.config.dim == 16
+    assert len(opened.generate("Once", max_tokens=5, seed=1)) > 0
+    assert load_config(llama2c) == opened.config
+
+
+def test_the_sizes_alone_can_be_read_from_whatever_holds_them(run, tokenizer):
+    places = (run.path, run.folder(30), run.folder(30) / "config.json")
+    assert [load_config(place) for place in places] == [config(tokenizer)] * 3
+
+
+def test_a_tokenizer_given_by_name_is_used_and_one_that_is_too_large_is_refused(run, tokenizer, tmp_path):
+    larger = Tokenizer.train([TEXT * 4], 300)
+    other = Tokenizer.train([TEXT.upper() * 4], 270)
+    for name, each in (("larger", larger), ("other", other)):
+        (tmp_path / f"{name}.json").write_bytes(each.files()["tokenizer.json"])
+    assert load(run.path, tokenizer=tmp_path / "other.json").tokenizer.sha256 == other.sha256
+    assert "299" in refused("E309", load, run.path, tokenizer=tmp_path / "larger.json").found
+
+
+def test_what_holds_no_model_is_refused(tmp_path):
+    refused("E201", load, tmp_path)
+    refused("E201", load, tmp_path / "nowhere")
+    refused("E201", load_config, tmp_path)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    refused("E202", load, tmp_path)
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+OPTIONS = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 1.3, "top_k": 7},
+    {"top_p": 0.5, "min_p": 0.02, "repetition_penalty": 1.2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_generated_text_is_the_joined_stream(llama, options):
+    text = llama.generate("Once upon", max_tokens=30, seed=3, **options)
+    pieces = list(llama.stream("Once upon", max_tokens=30, seed=3, **options))
+    assert text and "".join(pieces) == text and len(pieces) > 5 and "" not in pieces
+
+
+def test_a_seed_gives_its_text_every_time_and_another_seed_another(llama):
+    texts = [llama.generate("Once", max_tokens=30, seed=seed) for seed in (0, 1, 2, 0, 1, 2)]
+    assert texts[:3] == texts[3:] and len(set(texts)) == 3
+    assert llama.generate("Once", max_tokens=30) == texts[0], "seed 0 unless another is given"
+
+
+def test_every_option_reaches_the_sampler(llama, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(api, "generate", lambda model, prompts, **options: seen.update(options) or iter(()))
+    options = {
+        "temperature": 0.3, "top_k": 4, "top_p": 0.6, "min_p": 0.1, "repetition_penalty": 1.5, "seed": 9
+    }  # fmt: skip
+    assert llama.generate("Once", max_tokens=7, **options) == ""
+    assert {name: getattr(seen["sampling"], name) for name in options} == options
+    assert seen["max_tokens"] == 7 and seen["stop_ids"] == llama.tokenizer.eos_ids
+
+
+@pytest.mark.parametrize("prompt", ["", "Once upon a time", "<|begin_of_text|>x"])
+def test_a_prompt_begins_with_one_bos_and_typed_control_tokens_are_text(llama, monkeypatch, prompt):
+    seen = []
+    monkeypatch.setattr(api, "generate", lambda model, prompts, **options: seen.extend(prompts) or iter(()))
+    llama.generate(prompt)
+    bos = llama.tokenizer.bos_id
+    assert seen == [[bos, *llama.tokenizer.encode(prompt)]] and seen[0].count(bos) == 1
+    assert llama.encode(prompt) == seen[0]
+
+
+def test_no_tokens_are_no_text_and_no_more_come_than_are_allowed(llama):
+    assert llama.generate("Once", max_tokens=0) == ""
+    one, three = (llama.generate("Once", max_tokens=n, seed=5, temperature=0.0) for n in (1, 3))
+    assert three.startswith(one.rstrip("�")) and len(three.encode()) > len(one.encode()) > 0
+
+
+def test_a_text_ends_where_the_context_is_full(llama):
+    prompt = "Once upon a time"
+    room = CONTEXT - len(llama.encode(prompt))
+    count = []
+    push = api.TextStream.push
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api.TextStream, "push", lambda self, id: count.append(id) or push(self, id))
+        patch.setattr(llama.tokenizer, "eos_ids", frozenset())
+        llama.generate(prompt, max_tokens=10**6)
+    assert len(count) == room
+    refused("E311", llama.generate, "swan " * 200)
+
+
+def said(monkeypatch, ids):
+    """From now on every model says these ids."""
+    tokens = [Token(0, id, place) for place, id in enumerate(ids)]
+    monkeypatch.setattr(api, "generate", lambda model, prompts, **options: iter(tokens))
+
+
+def test_nothing_of_a_stop_string_is_ever_shown(llama, monkeypatch):
+    said(monkeypatch, llama.tokenizer.encode(TEXT))
+    assert llama.generate("") == TEXT
+    for stop in (".", "sang by the", "lake. G", "😀", "O"):
+        pieces = list(llama.stream("", stop=stop))
+        assert "".join(pieces) == TEXT[: TEXT.index(stop)]
+    assert llama.generate("", stop=("tree", "king", "nowhere")) == TEXT[: TEXT.index("king")]
+    assert llama.generate("", stop="never said") == TEXT, "and nothing is held back at the end"
+    refused("E102", llama.generate, "", stop="")
+
+
+def test_a_stop_string_ends_the_work_too(llama, monkeypatch):
+    tokens = iter([Token(0, id, place) for place, id in enumerate(llama.tokenizer.encode(TEXT))])
+    monkeypatch.setattr(api, "generate", lambda model, prompts, **options: tokens)
+    llama.generate("", stop="time")
+    assert len(list(tokens)) > 20, "the rest was never asked for"
+
+
+def test_no_piece_of_a_text_holds_half_a_character(llama, monkeypatch):
+    spelled = Tokenizer.train([TEXT], 261).encode("Größe 😀 ü")  # a token for each byte
+    assert len(spelled) == len("Größe 😀 ü".encode())
+    said(monkeypatch, spelled)
+    assert list(llama.stream("")) == list("Größe 😀 ü")
+    said(monkeypatch, spelled[:10])  # the end comes in the middle of 😀
+    assert list(llama.stream("")) == [*"Größe ", "�"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_tokens": -1}, {"seed": -1}]
+)
+def test_an_option_out_of_range_is_refused(llama, options):
+    with pytest.raises(UsageError) as caught:
+        llama.generate("Once", **options)
+    assert caught.value.code == "E102"
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def test_logits_are_those_of_the_model(llama):
+    ids = llama.encode(TEXT)[:CONTEXT]
+    with torch.no_grad():
+        expected = llama.model(torch.tensor([ids]))[0].numpy()
+    found = llama.logits(ids)
+    assert found.dtype == np.float32 and found.shape == (len(ids), llama.config.vocab_size)
+    assert np.array_equal(found, expected)
+    assert np.allclose(llama.logits(ids[:5]), expected[:5], atol=1e-4)
+
+
+def test_logits_of_ids_that_the_model_does_not_have_or_of_too_many_are_refused(llama):
+    most = llama.config.vocab_size
+    for ids in ([-1], [0, most], [most + 5, 0]):
+        assert refused("E309", llama.logits, ids).where
+    for ids in ([], [0] * (CONTEXT + 1)):
+        assert str(CONTEXT) in refused("E311", llama.logits, ids).found
+    assert llama.logits([most - 1] * CONTEXT).shape == (CONTEXT, most)
+
+
+def test_bits_per_byte_of_a_text_are_its_score(llama):
+    text = TEXT * 3
+    ids = np.array(llama.tokenizer.encode(text, bos=True))
+    scored = score(llama.model, ids, llama.tokenizer.byte_lengths(), CONTEXT)
+    assert scored.bytes == len(text.encode()) and math.isfinite(scored.bits_per_byte)
+    assert llama.bits_per_byte(text) == scored.bits_per_byte
+    short = TEXT[:20]
+    logits = llama.logits(llama.encode(short))[:-1]
+    targets = llama.tokenizer.encode(short)
+    nats = np.log(np.exp(logits.astype(np.float64)).sum(axis=1)) - logits[range(len(targets)), targets]
+    assert llama.bits_per_byte(short) == pytest.approx(nats.sum() / math.log(2) / len(short), rel=1e-5)
+    refused("E303", llama.bits_per_byte, "")
+
+
+def test_the_module_is_built_once_and_when_it_is_first_asked_for(run, monkeypatch):
+    built = []
+    monkeypatch.setattr(api, "build", lambda *given: built.append(1) or build(*given))
+    opened = load(run.path)
+    assert opened.config.dim == 32 and opened.tokenizer.vocab_size == 290 and built == []
+    assert opened.model is opened.model and built == [1] and not opened.model.training
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "book.txt").write_text("".join(f"{i}. {TEXT}\n" for i in range(150)), encoding="utf-8")
+    events = []
+    run = babyllama.train(
+        folder / "book.txt", out=folder / "run", steps=6, size="100k", device="cpu", vocab_size=300,
+        tell=events.append, context=32, batch_size=4, threads=1, precision="float32", save_every=2,
+        evaluations=2, evaluation_tokens=200,
+    )  # fmt: skip
+    return run, events
+
+
+def test_training_returns_its_run_tells_from_plan_to_outcome_and_opens(trained):
+    run, events = trained
+    assert isinstance(run, babyllama.Run) and run.steps()[-1] == 6
+    assert (
+        isinstance(events[0], Planned) and isinstance(events[1], Started) and isinstance(events[-1], Outcome)
+    )
+    assert events[0].plan == api.plan_from_json(run.settings["plan"]) and events[-1].step == 6
+    opened = babyllama.load(run.path)
+    assert opened.config == events[0].plan.model and opened.tokenizer.vocab_size == 300
+    assert math.isfinite(opened.bits_per_byte(TEXT)) and opened.generate("Once", max_tokens=3)
+
+
+def test_a_run_that_was_moved_goes_on_with_the_text_inside_it(trained, tmp_path):
+    shutil.copytree(trained[0].path, tmp_path / "elsewhere")
+    events = []
+    api.resume(tmp_path / "elsewhere", step=4, tell=events.append)
+    assert next(event.step for event in events if isinstance(event, Started)) == 4
+    assert events[0].corpus.fingerprint == trained[1][0].corpus.fingerprint
+    weights = [path.joinpath("step-00000006", "model.safetensors").read_bytes()
+               for path in (trained[0].path, tmp_path / "elsewhere")]  # fmt: skip
+    assert weights[0] == weights[1]
+
+
+def test_what_a_run_was_started_with_stands_in_it(trained):
+    run, events = trained
+    settings = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
+    assert settings["text"].endswith("book.txt") and settings["data"] == "data"
+    assert settings["fingerprint"] == events[0].corpus.fingerprint
+    assert settings["plan"]["steps"] == 6 and settings["plan"]["save_every"] == 2
+
+
+def test_a_device_that_computes_wrongly_is_not_trained_on(monkeypatch):
+    wrong = machine.SelfCheck("cuda", logits=0.5, gradients=0.0, products=0.0, seconds=0.1)
+    monkeypatch.setattr(machine, "self_check", lambda device: wrong)
+    with pytest.raises(NumericalError) as caught:
+        api.check_device("cuda")
+    assert caught.value.code == "E503" and "--device cpu" in caught.value.fix
+    api.check_device("cpu")  # with which the others are compared
+
+
+# ---- the package ---------------------------------------------------------------------------------
+
+
+def test_the_package_offers_its_names_and_no_others():
+    assert set(babyllama.__all__) == {
+        "BabyLlamaError", "Config", "Llama", "LoadedLlama", "Run", "Tokenizer", "load", "resume", "train"
+    }  # fmt: skip
+    for name in babyllama.__all__:
+        assert callable(getattr(babyllama, name)) and (name in dir(babyllama))
+    assert babyllama.load is load and babyllama.Config is Config and babyllama.Run is Run
+    with pytest.raises(AttributeError, match="generat"):
+        _ = babyllama.generat
+    assert issubclass(InputError, babyllama.BabyLlamaError)
