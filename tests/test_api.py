@@ -86,6 +86,7 @@ def test_a_folder_saved_by_transformers_is_opened_with_its_tokenizer(tokenizer, 
         LlamaConfig(
             vocab_size=tokenizer.vocab_size, hidden_size=36, intermediate_size=50, num_hidden_layers=2,
             num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5,
+            bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
         )
     ).eval()  # fmt: skip
     theirs.save_pretrained(tmp_path)

@@ -1,0 +1,354 @@
+"""The command line: each verb does what it says, on any terminal, and a signal never costs more than a step."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+
+from babyllama import api, cli
+from babyllama.checkpoint.run import Run
+from babyllama.cli import app, main
+from babyllama.data import library
+from babyllama.data.documents import Document
+from babyllama.errors import BabyLlamaError
+from babyllama.generate.engine import Token
+from babyllama.generate.sample import STRATEGIES
+from babyllama.terminal import TrainingScreen, printable
+from babyllama.text.tokenizer import Tokenizer
+from babyllama.train import loop
+from babyllama.train.loop import Started, Stepped
+
+ROOT = Path(__file__).parents[1]
+TALE = "There was once a king who had three sons, and the youngest was called Simpleton. "
+FAST = ["--size", "100k", "--device", "cpu"]
+for setting in ("context=32", "batch_size=4", "threads=1", "evaluations=2", "precision=float32"):
+    FAST += ["--set", setting]
+VERBS = [command.callback.__name__ for command in app.registered_commands]
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("".join(f"{i}. {TALE}\n\n" for i in range(200)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def eighty_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TERMINAL_WIDTH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def said(capsys):
+    """Run the command line and return what stands on stdout: said(*arguments, status=0)."""
+
+    def run(*arguments, status=0):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main([str(each) for each in arguments])
+        out = capsys.readouterr()
+        assert (left.value.code or 0) == status, out.err + out.out
+        assert "\x1b" not in out.out + out.err, "no colours where there is no terminal"
+        return out.out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(book, tmp_path_factory) -> Path:
+    """A finished run of six steps."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.raises(SystemExit) as left:
+        main(["train", str(book), "--out", str(out), "--steps", "6", *FAST])
+    assert not left.value.code
+    return out
+
+
+# ---- train and data ------------------------------------------------------------------------------
+
+
+def test_train_shows_the_plan_the_scores_and_what_to_do_next(book, tmp_path, said):
+    out = tmp_path / "run"
+    shown = said("train", book, "--out", out, "--steps", 6, *FAST, "--seed", 5, "--vocab-size", 300)
+    for part in ("6 steps", "context 32", "bits per byte", "best so far", "Done after 6 steps"):
+        assert part in shown
+    assert f"babyllama generate {out}" in shown
+    plan = api.plan_from_json(Run(out).settings["plan"])
+    assert (plan.steps, plan.seed, plan.context, plan.model.vocab_size) == (6, 5, 32, 300)
+    assert Run(out).steps()[-1] == 6
+
+
+def test_train_resumes_a_run_that_was_stopped(book, tmp_path, said, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingScreen, "_stepped", interrupt_at(3))
+        shown = said("train", book, "--out", tmp_path / "run", "--steps", 6, *FAST, status=130)
+    assert "Stopped and saved at step 3." in shown
+    assert squeezed(f"babyllama train --resume {tmp_path / 'run'}") in squeezed(shown)
+    shown = said("train", "--resume", tmp_path / "run")
+    assert "Going on from step 3." in shown and "Done after 6 steps" in shown
+
+
+def squeezed(text):
+    """Without white space: a long path may be broken anywhere."""
+    return "".join(text.split())
+
+
+def interrupt_at(step):
+    def stepped(self, event):
+        if event.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return stepped
+
+
+def test_data_prepares_a_text_and_train_takes_it_from_there(book, tmp_path, said):
+    shown = said("data", book, "--out", tmp_path / "ids", "--vocab-size", 300)
+    assert "300 tokens" in shown and f"babyllama train {tmp_path / 'ids'}" in shown
+    shown = said("train", tmp_path / "ids", "--out", tmp_path / "run", "--steps", 2, *FAST)
+    assert "vocabulary of 300" in shown and Run(tmp_path / "run").settings["data"] == str(tmp_path / "ids")
+    said("data", book, "--out", tmp_path / "again", "--tokenizer", tmp_path / "ids" / "tokenizer.json")
+    tokenizers = [Tokenizer.load(tmp_path / name).sha256 for name in ("ids", "again")]
+    assert tokenizers[0] == tokenizers[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("notes/", "notes"), ("a/b/book.txt", "book"), ("hub:owner/tales", "tales"), ("fairy-tales", "fairy-tales"),
+     (".", "text"), ("C:\\texts\\mine.md", "mine")],
+)  # fmt: skip
+def test_a_run_is_named_for_its_text(text, name, monkeypatch, said):
+    seen = {}
+
+    def train(text, *, out, **options):
+        seen.update(options, text=text, out=out)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(api, "train", train)
+    said("train", text, "--set", "learning_rate=0.1")
+    assert seen["out"] == Path("runs") / name and seen["text"] == text and seen["learning_rate"] == "0.1"
+
+
+# ---- generate, info, doctor ----------------------------------------------------------------------
+
+
+def test_generate_prints_the_prompt_and_what_the_model_says(run, said):
+    shown = said("generate", run, "There was", "--max-tokens", 12, "--seed", 4)
+    text = api.load(run).generate("There was", max_tokens=12, seed=4)
+    assert shown == printable(f"There was{text}\n")
+
+
+def test_every_option_of_generate_reaches_the_model(run, said, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        api.LoadedLlama, "stream", lambda self, prompt, **options: seen.update(options) or iter(())
+    )
+    options = {"max_tokens": 9, "temperature": 0.2, "top_k": 3, "top_p": 0.4, "min_p": 0.1,
+               "repetition_penalty": 1.3, "seed": 8}  # fmt: skip
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    said("generate", run, "x", *flags, "--stop", "a", "--stop", "b")
+    assert {**seen, "stop": list(seen["stop"])} == {**options, "stop": ["a", "b"]}
+
+
+def test_generate_takes_a_step_of_a_run_or_its_folder(run, said):
+    step = Run(run).steps()[0]
+    by_number = said("generate", run, "There", "--step", step, "--max-tokens", 9)
+    assert by_number == said("generate", Run(run).folder(step), "There", "--max-tokens", 9)
+
+
+def test_strategies_shows_seven_ways_by_name_and_what_each_says(run, said):
+    shown = said("generate", run, "There was", "--strategies", "--max-tokens", 4, "--seed", 2)
+    rows = re.findall(r"^│ ([a-z-]+) +│ (.*?) *│$", shown, re.MULTILINE)
+    assert [name for name, _ in rows] == list(STRATEGIES) and len(rows) == 7
+    llama, texts = api.load(run), dict(rows)
+    greedy = llama.generate("There was", max_tokens=4, temperature=0.0, top_p=1.0)
+    warm = llama.generate("There was", max_tokens=4, temperature=1.0, top_p=1.0, seed=2)
+    assert texts["greedy"].strip() in greedy and texts["random"].strip() in warm
+
+
+def test_info_shows_a_run_and_a_bare_config_alike(run, said):
+    folder = Run(run).folder(Run(run).best())
+    config = api.load_config(run)
+    shown = said("info", run)
+    for part in (f"{config.n_layers}, {config.dim} wide", "parameters", "embedding", "softmax", "Memory"):
+        assert part in shown, part
+    without_title = shown.split("\n", 1)[1]
+    assert said("info", folder / "config.json").split("\n", 1)[1] == without_title
+    assert said("info", folder).split("\n", 1)[1] == without_title
+    assert said("info", run, "--batch-size", 64) != shown
+    assert max(map(len, shown.splitlines()[1:])) <= 80
+
+
+def test_doctor_says_what_there_is_and_that_it_computes_rightly(said):
+    shown = said("doctor")
+    for part in ("torch", "memory", "float32", "FLOP/s", "passed", "Training would use"):
+        assert part in shown
+    assert "FAILED" not in shown
+
+
+# ---- story ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_tales(monkeypatch):
+    """A small text in place of the fairy tales, and a clock that goes a tenth of a second at each look."""
+    tales = [Document(f"tale {i}", f"Tale {i}. {TALE * 8}\n") for i in range(60)]
+    monkeypatch.setattr(library, "named", lambda name, reading=None: iter(tales))
+    now = iter(np.arange(0, 1e6, 0.1))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(now)))
+
+
+def test_a_story_is_learned_once_and_told_again(small_tales, tmp_path, said, monkeypatch):
+    story = ("story", "--out", tmp_path / "run", "--minutes", 0.05)
+    first = said(*story)
+    assert "learns to tell" in first and "bits per byte" in first and "A story, told by" in first
+    for name in ("train", "resume"):
+        monkeypatch.setattr(api, name, lambda *given, **options: pytest.fail("it was trained again"))
+    again = said(*story)
+    assert again.strip() == first[first.index("A story, told by") :].strip()
+    other = said(*story, "--seed", 2)
+    assert "seed 2" in other and "--seed 3" in other
+
+
+def test_a_story_that_was_interrupted_goes_on_learning_and_is_then_told(
+    small_tales, tmp_path, said, monkeypatch
+):
+    story = ("story", "--out", tmp_path / "run", "--minutes", 0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingScreen, "_stepped", interrupt_at(3))
+        stopped = said(*story, status=130)
+    assert "Stopped and saved at step 3." in stopped and "A story" not in stopped
+    shown = said(*story)
+    assert "Going on from step 3." in shown and "A story, told by" in shown
+    assert "Going on" not in said(*story)
+
+
+def test_a_story_ends_with_its_last_whole_sentence(run, said, monkeypatch):
+    words = ' a king. "Come in!" said he. He was 3.5 feet tall and his'
+    ids = api.load(run).tokenizer.encode(words)
+    monkeypatch.setattr(
+        api, "generate", lambda *given, **options: iter(Token(0, id, place) for place, id in enumerate(ids))
+    )
+    told = said("story", "--out", run)
+    assert f'\n{cli.STORY_BEGINNING} a king. "Come in!" said he.\n' in told
+    ids[:] = ids[:2]
+    told = said("story", "--out", run)
+    assert cli.STORY_BEGINNING + api.load(run).tokenizer.decode(ids) in told, (
+        "no sentence has ended: all of it"
+    )
+
+
+# ---- help ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_explains_every_option_within_80_columns(verb, said):
+    shown = said(verb, "--help")
+    assert max(map(len, shown.splitlines())) <= 80
+    words = re.sub(r"[│╭╮╰╯─\s]+", " ", shown)
+    command = typer.main.get_command(app).commands[verb]
+    for parameter in command.params:
+        help = " ".join(parameter.help.split())
+        first, *rest = help.split(" ")
+        assert re.search(re.escape(first) + "".join(rf" {re.escape(word)}" for word in rest), words), help
+        if parameter.param_type_name == "option":
+            assert all(name in shown for name in parameter.opts)
+    assert " ".join(command.help.split()).replace("[bold]", "").replace("[/bold]", "") in words
+
+
+def test_the_help_of_the_program_lists_every_verb_and_the_exit_statuses(said):
+    shown = said("--help")
+    assert max(map(len, shown.splitlines())) <= 80
+    assert all(re.search(rf"│ {verb} +\w", shown) for verb in VERBS)
+    assert {"story", "train", "generate", "data", "info", "doctor"} <= set(VERBS)
+    for status in ("2 usage", "3 bad input", "4 disk", "5 numbers", "130 or 143"):
+        assert status in " ".join(shown.replace("│", " ").split())
+
+
+# ---- as a program --------------------------------------------------------------------------------
+
+
+def program(*arguments, **options):
+    command = [sys.executable, "-m", "babyllama", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
+def test_a_signal_saves_says_how_to_go_on_and_the_run_goes_on(book, tmp_path, number, status):
+    out = tmp_path / "run"
+    training = program(
+        "train", book, "--out", out, "--steps", 10**6, *FAST, "--set", "save_every=5", stdout=subprocess.PIPE
+    )
+    try:
+        while training.poll() is None and not list(out.glob("step-*")):
+            time.sleep(0.05)
+        training.send_signal(number)
+        shown, complaints = training.communicate(timeout=120)
+    finally:
+        training.kill()
+    assert training.returncode == status, complaints
+    assert complaints == "" and "\x1b" not in shown
+    (step,) = re.findall(r"Stopped and saved at step ([\d,]+)\.", shown)
+    step = int(step.replace(",", ""))
+    assert squeezed(f"babyllama train --resume {out}") in squeezed(shown)
+    assert Run(out).newest_intact() == (step, [])
+
+    class EnoughError(Exception):
+        pass
+
+    events = []
+
+    def tell(event):
+        events.append(event)
+        if isinstance(event, Stepped):
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        api.resume(out, tell=tell)
+    assert next(event.step for event in events if isinstance(event, Started)) == step
+    assert events[-1].step == step + 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of Unix")
+def test_a_reader_that_leaves_early_hears_no_complaint(run):
+    for arguments in (("info", run), ("generate", run, "x", "--raw", "--max-tokens", 20)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        process = program(*arguments, stdout=writer)
+        os.close(writer)
+        _, complaints = process.communicate(timeout=120)
+        assert complaints == "" and process.returncode != 0
+
+
+def test_python_m_runs_the_program_and_an_error_is_two_lines_unless_debug_asks_for_more(tmp_path):
+    process = program("info", tmp_path / "nowhere", stdout=subprocess.PIPE)
+    shown, complaints = process.communicate(timeout=120)
+    assert process.returncode == 3 and shown == ""
+    assert re.fullmatch(r"error\[E201\]: .*nowhere.*\n  Fix: .*\n", complaints), complaints
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_debug_shows_where_an_error_comes_from_wherever_it_stands(tmp_path, place):
+    arguments = ["info", str(tmp_path / "nowhere")]
+    arguments.insert(place, "--debug")
+    with pytest.raises(BabyLlamaError) as caught:
+        main(arguments)
+    assert caught.value.code == "E201" and any(entry.name == "find" for entry in caught.traceback)
+
+
+def test_the_command_line_itself_loads_no_torch():
+    check = "import sys, babyllama.cli; sys.exit(len({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    assert (
+        subprocess.run([sys.executable, "-c", check], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+        == 0
+    )
