@@ -1,5 +1,7 @@
 """Which parameters decay, how fast they move, and an optimiser that is the same after a stop."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,12 @@ from safetensors.torch import load, save
 
 from babyllama import api
 from babyllama.checkpoint.run import Run
+from babyllama.data.batches import IGNORE, Batches
+from babyllama.data.corpus import prepare
 from babyllama.errors import InputError
 from babyllama.model import Config, Llama
+from babyllama.train import loop
+from babyllama.train.loop import Evaluated, Stepped
 from babyllama.train.optim import adamw, learning_rate, load_optimizer, optimizer_tensors
 from babyllama.train.recipe import Plan
 
@@ -149,17 +155,121 @@ def test_a_missing_part_of_the_memory_is_a_key_error():
             load_optimizer(model, adamw(model, plan()), rest)
 
 
+# ---- in the loop ---------------------------------------------------------------------------------
+
+
+def training(corpus, folder, **settings) -> loop._Training:
+    config = Config(vocab_size=corpus.vocab_size, dim=16, n_layers=1, n_heads=1, max_seq_len=16)
+    chosen = Plan(**{"model": config, "context": 16, "batch_size": 3, "steps": 9, **settings})
+    made = loop._Training(Run.create(folder, {}), chosen, corpus, lambda event: None, None)
+    made.restore(None)
+    return made
+
+
+def train(text, out, tell=lambda event: None, **settings) -> Run:
+    small = {
+        "size": "100k",
+        "context": 32,
+        "batch_size": 2,
+        "threads": 1,
+        "device": "cpu",
+        "precision": "float32",
+    }
+    return api.train(
+        text, out=out, tell=tell, **small, **{"steps": 6, "save_every": 2, "evaluations": 3, **settings}
+    )
+
+
+def with_another_state(run: Run, step: int, **changes) -> None:
+    """Save `step` again with other values in its state."""
+    files = {path.name: path.read_bytes() for path in run.folder(step).iterdir()}
+    kept = {name: data for name, data in files.items() if name not in ("manifest.json", "state.json")}
+    run.save(step, kept, {**run.state(step), **changes})
+
+
+def test_a_gradient_is_clipped_to_its_norm_and_0_clips_nothing(corpus, tmp_path):
+    found = {}
+    for clip in (0.0, 0.01, 1e9):
+        made = training(corpus, tmp_path / str(clip), clip=clip)
+        generator = torch.Generator().manual_seed(0)
+        for weight in made.model.parameters():
+            weight.data.normal_(0, 0.3, generator=generator)
+        made.optimizer.step = lambda: None
+        made.optimizer.zero_grad = lambda: None
+        _, norm = made.take_step(0.1)
+        squares = sum(float(weight.grad.double().square().sum()) for weight in made.model.parameters())
+        found[clip] = norm, math.sqrt(squares)
+    told, whole = found[0.0]
+    assert whole > 0.1 and told == pytest.approx(whole, rel=1e-5)
+    assert found[1e9] == pytest.approx(found[0.0], rel=1e-5)
+    assert found[0.01] == pytest.approx((whole, 0.01), rel=1e-3), "what is told is the norm before clipping"
+
+
+def test_the_loss_of_a_step_is_the_mean_over_the_targets_that_are_there(corpus, tmp_path):
+    made = training(corpus, tmp_path / "run")
+    tokens, targets = made.batches.batch(0)
+    targets[:, 2:] = IGNORE
+    made.batches.batch = lambda step: (tokens, targets)
+    loss, _ = made.take_step(0.0)
+    with torch.no_grad():
+        known = made.model(torch.from_numpy(tokens))[:, :2].log_softmax(-1)
+    expected = -known.gather(-1, torch.from_numpy(targets[:, :2, None])).mean()
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert loss == pytest.approx(math.log(corpus.vocab_size), rel=0.05)
+
+
+def test_the_seed_decides_the_first_weights_and_the_rows(corpus, tmp_path):
+    made = training(corpus, tmp_path / "run", seed=3, accumulation=2)
+    expected = Llama(made.plan.model, seed=3).state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in made.model.state_dict().items())
+    rows = Batches(corpus.train_ids, 16, 6, seed=3).batch(4)
+    assert all(np.array_equal(*each) for each in zip(made.batches.batch(4), rows, strict=True))
+
+
+def test_each_step_sees_the_rows_of_its_number(prepared, tmp_path, monkeypatch):
+    seen, batch = [], Batches.batch
+    monkeypatch.setattr(Batches, "batch", lambda self, step: seen.append(step) or batch(self, step))
+    run = train(prepared, tmp_path / "run")
+    assert seen == [0, 1, 2, 3, 4, 5]
+    api.resume(run.path, step=4)
+    assert seen[6:] == [4, 5]
+
+
+def test_a_resumed_run_remembers_its_seconds_and_its_best_score(prepared, tmp_path):
+    run, events = train(prepared, tmp_path / "run"), []
+    with_another_state(run, 4, seconds=1000.0, best_bits_per_byte=1e-3)
+    api.resume(run.path, step=4, tell=events.append)
+    seconds = [event.seconds for event in events if isinstance(event, Stepped)]
+    assert 1000 < seconds[0] < seconds[1] < 1100
+    assert run.state(6)["seconds"] == seconds[1] and run.state(6)["best_bits_per_byte"] == 1e-3
+    best = [event.best for event in events if isinstance(event, Evaluated)]
+    assert best and not any(best)
+
+
+def test_metrics_tell_of_each_step_once_though_it_was_taken_twice(prepared, tmp_path):
+    run = train(prepared, tmp_path / "run")
+    before = [(line["event"], line["step"]) for line in run.metrics()]
+    api.resume(run.path, step=4)
+    after = [(line["event"], line["step"]) for line in run.metrics()]
+    assert after == before and len(set(after)) == len(after) == 3 + 3 + 1
+
+
+def test_a_run_does_not_go_on_with_another_text_prepared_in_the_same_place(texts, tmp_path):
+    prepare(texts, tmp_path / "ids", vocab_size=300)
+    run = train(tmp_path / "ids", tmp_path / "run")
+    prepare(texts, tmp_path / "ids", vocab_size=300, seed=1, overwrite=True)
+    with pytest.raises(InputError) as caught:
+        api.resume(run.path)
+    assert caught.value.code == "E307"
+
+
 def test_a_saved_step_without_all_of_the_memory_is_not_gone_on_from(prepared, tmp_path):
-    run = api.train(
-        prepared, out=tmp_path / "run", steps=2, size="100k", context=32, batch_size=2, threads=1,
-        device="cpu", precision="float32",
-    )  # fmt: skip
-    files = {path.name: path.read_bytes() for path in run.folder(2).iterdir() if path.name != "manifest.json"}
-    tensors = load(files["optim.safetensors"])
+    run = train(prepared, tmp_path / "run", steps=2)
+    path = run.folder(2) / "optim.safetensors"
+    tensors = load(path.read_bytes())
     del tensors["norm.weight.exp_avg_sq"]
-    files["optim.safetensors"] = save(tensors)
-    state = run.state(2)
-    Run(run.path).save(2, {name: data for name, data in files.items() if name != "state.json"}, state)
+    path.write_bytes(save(tensors))
+    with_another_state(run, 2)
     with pytest.raises(InputError, match=r"norm\.weight\.exp_avg_sq") as caught:
         api.resume(run.path)
     assert caught.value.code == "E206"
