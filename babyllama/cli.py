@@ -68,7 +68,7 @@ Seed = Annotated[int, typer.Option(help="Another seed, another result; the same 
 # ---- story ---------------------------------------------------------------------------------------
 
 STORY_RUN = Path("runs/fairy-tales")
-STORY_BEGINNING = "Once upon a time"
+STORY_BEGINNING = "There was once"
 SENTENCE_END = re.compile(r"""[.!?]["')]*(?=\s)""")
 
 

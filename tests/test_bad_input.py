@@ -298,7 +298,7 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal(trained, monkey
 
 def test_a_real_process_shows_no_traceback_and_leaves_with_the_status(tmp_path):
     done = subprocess.run(
-        ["python", "-m", "babyllama", "train", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")],
+        [sys.executable, "-m", "babyllama", "train", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")],
         capture_output=True,
         text=True,
         check=False,

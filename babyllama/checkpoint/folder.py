@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +22,49 @@ FORMAT = 1  # raised when an older reader could misread what is written
 SEAL = "sha256 of the above"
 FROM_ELSEWHERE = "use an older step, or copy the folder again"
 LARGEST_JSON = 4 * 2**20  # bytes
+ROOM = 1.2  # times its size that a folder must find free before it is written
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, facts: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """A hidden folder to put files into; at the end of the block it is `folder`, whole and durable, with a manifest.
+
+    The manifest holds `facts` too, which may be filled in within the block. If the block or the disk fails, nothing is
+    left behind, and whatever stood there before is untouched.
+
+    Raises MachineError E401 when the disk is full, E403 when the folder cannot be written or is there already.
+    """
+    half_done = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(half_done, ignore_errors=True)
+        half_done.mkdir()
+        yield half_done
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in half_done.iterdir()
+        }
+        for name in files:
+            sync(half_done / name)
+        _write_durably(half_done / MANIFEST, sealed({"format": FORMAT, **(facts or {}), "files": files}))
+        sync(half_done)
+        half_done.rename(folder)
+        sync(folder.parent)
+    except OSError as error:
+        raise refused(error, folder) from error
+    finally:
+        shutil.rmtree(half_done, ignore_errors=True)  # gone already when all went well
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], facts: Mapping[str, Any] | None = None) -> None:
-    """Write `files` into a new `folder`, with a manifest that also holds `facts`. Durable when this returns.
-
-    Raises MachineError E401 when the disk is (or would become) full, E403 when the folder cannot be written; in both
-    cases nothing is left behind and whatever stood there before is untouched.
-    """
-    parent, half_done = folder.parent, folder.parent / f".tmp-{folder.name}"
-    needed = sum(map(len, files.values()))
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if free < 1.2 * needed:
+    """new_folder, for contents that are at hand; a disk that is too full is noticed before anything is written."""
+    with contextlib.suppress(OSError):
+        free, needed = shutil.disk_usage(folder.parent).free, int(ROOM * sum(map(len, files.values())))
+        if free < needed:
             raise disk_full(folder, needed, free)
-        if half_done.exists():
-            shutil.rmtree(half_done)
-        half_done.mkdir()
-        listed = {}
+    with new_folder(folder, facts) as half_done:
         for name, content in files.items():
-            _write_durably(half_done / name, content)
-            listed[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        _write_durably(half_done / MANIFEST, _sealed({"format": FORMAT, **(facts or {}), "files": listed}))
-        sync(half_done)
-        half_done.rename(folder)
-        sync(parent)
-    except OSError as error:
-        shutil.rmtree(half_done, ignore_errors=True)
-        raise refused(error, folder, needed) from error
+            (half_done / name).write_bytes(content)
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:
@@ -59,48 +73,50 @@ def verify_folder(folder: Path) -> dict[str, Any]:
     Raises InputError E206 (no usable manifest), E208 (written by a newer version), E205 (a file is missing, cut short
     or too long) or E204 (contents changed), each naming the file.
     """
-    manifest = read_json(folder / MANIFEST)
-    version, files = manifest.get("format"), manifest.get("files")
-    if not isinstance(version, int) or not isinstance(files, dict) or not files:
+    manifest = read_sealed(folder / MANIFEST)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
         raise InputError("E206", str(folder / MANIFEST), "lists no files", FROM_ELSEWHERE)
-    if version > FORMAT:
-        raise newer_version(folder / MANIFEST, version)
-    if (folder / MANIFEST).read_bytes() != _sealed(
-        {key: value for key, value in manifest.items() if key != SEAL}
-    ):
-        raise InputError("E206", str(folder / MANIFEST), "was changed (file damaged)", FROM_ELSEWHERE)
     for name, said in files.items():
         path = folder / name
         if Path(name).name != name or not isinstance(said, dict):
-            raise InputError(
-                "E206",
-                str(folder / MANIFEST),
-                f"names {name!r}, which is not a file of this folder",
-                "copy the folder again",
-            )
+            found = f"names {name!r}, which is not a file of this folder"
+            raise InputError("E206", str(folder / MANIFEST), found, FROM_ELSEWHERE)
         if not path.is_file():
-            raise InputError(
-                "E205",
-                str(path),
-                "is listed in manifest.json and missing",
-                FROM_ELSEWHERE,
-            )
+            raise InputError("E205", str(path), "is listed in manifest.json and missing", FROM_ELSEWHERE)
         size = path.stat().st_size
         if size != said.get("bytes"):
-            raise InputError(
-                "E205",
-                str(path),
-                f"has {size:,} bytes, manifest.json says {said.get('bytes')}",
-                FROM_ELSEWHERE,
-            )
+            found = f"has {size:,} bytes, manifest.json says {said.get('bytes')}"
+            raise InputError("E205", str(path), found, FROM_ELSEWHERE)
         if file_sha256(path) != said.get("sha256"):
             raise InputError(
-                "E204",
-                str(path),
-                "sha256 differs from manifest.json (file damaged)",
-                FROM_ELSEWHERE,
+                "E204", str(path), "sha256 differs from manifest.json (file damaged)", FROM_ELSEWHERE
             )
     return manifest
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """`value` as JSON that vouches for itself: its last entry is the sha256 of the others."""
+    seal = hashlib.sha256(json.dumps(value, indent=1).encode()).hexdigest()
+    return json.dumps({**value, SEAL: seal}, indent=1).encode()
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `sealed` wrote to `path`, without the seal.
+
+    Raises InputError E205 (missing), E206 (not what was written, down to the last bit), E208 (by a newer version).
+    """
+    value = read_json(path)
+    version = value.get("format")
+    if not isinstance(version, int):
+        raise InputError("E206", str(path), "has no format number", FROM_ELSEWHERE)
+    if version > FORMAT:
+        found = f"was written in format {version}, this version of Baby Llama reads up to {FORMAT}"
+        raise InputError("E208", str(path), found, "upgrade Baby Llama")
+    value.pop(SEAL, None)
+    if path.read_bytes() != sealed(value):
+        raise InputError("E206", str(path), "was changed (file damaged)", FROM_ELSEWHERE)
+    return value
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -161,18 +177,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def newer_version(path: Path, version: int) -> InputError:
-    found = f"was written in format {version}, this version of Baby Llama reads up to {FORMAT}"
-    return InputError("E208", str(path), found, "upgrade:  pip install -U baby-llama")
-
-
 def disk_full(path: Path, needed: int, free: int) -> MachineError:
-    found = f"No space left on the disk: {needed / 2**20:,.1f} MiB to write, {free / 2**20:,.1f} MiB free"
+    wanted = f"{needed / 2**20:,.1f} MiB wanted, " if needed else ""
+    found = f"No space left on the disk: {wanted}{free / 2**20:,.1f} MiB free"
     return MachineError(
-        "E401",
-        str(path),
-        found,
-        "free some space, or choose another disk with --out; nothing that was saved is lost",
+        "E401", str(path), found, "free some space and repeat; nothing that was saved is lost"
     )
 
 
@@ -188,12 +197,6 @@ def refused(error: OSError, path: Path, needed: int = 0) -> MachineError:
         f"{error.strerror or error}",
         "check that the folder exists and is yours to write, or choose another",
     )
-
-
-def _sealed(manifest: dict[str, Any]) -> bytes:
-    """The bytes of a manifest, which vouch for themselves too."""
-    seal = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
-    return json.dumps({**manifest, SEAL: seal}, indent=1).encode()
 
 
 def _write_durably(path: Path, content: bytes) -> None:

@@ -25,11 +25,12 @@ from filelock import FileLock, Timeout
 
 from babyllama.checkpoint.folder import (
     FORMAT,
-    newer_version,
     read_json,
+    read_sealed,
     refused,
     remove_folder,
     replace_file,
+    sealed,
     sweep,
     verify_folder,
     write_folder,
@@ -51,24 +52,14 @@ class Run:
         if not (self.path / RUN_JSON).is_file():
             found = "is not a run" if self.path.exists() else "does not exist"
             raise InputError("E201", str(path), found, "give the folder that `babyllama train --out` wrote")
-        self.settings = read_json(self.path / RUN_JSON)
-        version = self.settings.get("format")
-        if not isinstance(version, int):
-            raise InputError(
-                "E206",
-                str(self.path / RUN_JSON),
-                "has no format number",
-                "start the run again in a new folder",
-            )
-        if version > FORMAT:
-            raise newer_version(self.path / RUN_JSON, version)
+        self.settings = read_sealed(self.path / RUN_JSON)
 
     @classmethod
     def create(cls, path: Path, settings: Mapping[str, Any]) -> "Run":
         """Start a run at `path`, which must be free. Raises MachineError E403 when it holds something already."""
         path = Path(path)
         cls.refuse_taken(path)
-        replace_file(path / RUN_JSON, json.dumps({"format": FORMAT, **settings}, indent=1).encode())
+        replace_file(path / RUN_JSON, sealed({"format": FORMAT, **settings}))
         return cls(path)
 
     @staticmethod
