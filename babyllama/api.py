@@ -7,6 +7,7 @@ llama = babyllama.load("runs/tales")
 print(llama.generate("Once upon a time", max_tokens=200, temperature=0.8, top_p=0.95, seed=1))
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,14 +25,14 @@ from babyllama.checkpoint.llama2c import read_llama2c
 from babyllama.checkpoint.run import RUN_JSON, Run, locked
 from babyllama.data.corpus import Corpus, prepare
 from babyllama.errors import InputError, NumericalError, UsageError
-from babyllama.generate.engine import generate
+from babyllama.generate.engine import Token, generate
 from babyllama.generate.sample import Sampling
 from babyllama.model import Config, Llama
 from babyllama.text.stream import TextStream
 from babyllama.text.tokenizer import Tokenizer
 from babyllama.train import loop
 from babyllama.train.evaluate import score
-from babyllama.train.recipe import Plan, plan, plan_from_json, plan_to_json
+from babyllama.train.recipe import Plan, check, plan, plan_from_json, plan_to_json
 
 DATA = "data"  # the folder of a run in which its prepared text stands
 SAMPLE_TOKENS = 48  # of the text shown at each evaluation
@@ -56,6 +57,7 @@ def train(
     steps: int | None = None,
     size: str | None = None,
     device: str | None = None,
+    seed: int = 1,
     vocab_size: int | None = None,
     field: str = "text",
     encoding: str = "utf-8",
@@ -71,29 +73,33 @@ def train(
     size      parameters wished for, as "3M"; None: chosen for this text and this time.
     field, encoding, on_bad_text  how files are read, see data/documents.py; with vocab_size, not for prepared data.
     tell      hears of everything that happens: Planned, then the events of train/loop.py, an Outcome last.
-    settings  any field of recipe.Plan, for example learning_rate=1e-3.
+    settings  most fields of recipe.Plan, for example learning_rate=1e-3.
 
     Raises the coded errors of babyllama.errors. Whatever they are, what was saved before stays.
     """
     out = Path(out)
+    check(minutes, steps, size, device, settings)
+    if not (out / RUN_JSON).exists():
+        Run.refuse_taken(out)  # before a lock is left in a folder that is none of ours
     with locked(out):
         Run.refuse_taken(out)
         if (Path(text) / "corpus.json").is_file():
-            corpus, data = Corpus.open(text), str(Path(text).resolve())
+            if vocab_size is not None:
+                found = "was prepared with a vocabulary of its own"
+                raise UsageError("E103", "--vocab-size", found, "leave it out, or train on the text itself")
+            corpus, places = Corpus.open(text), [os.path.relpath(text, out), str(Path(text).resolve())]
         else:
-            corpus, data = (
-                prepare(
-                    text,
-                    out / DATA,
-                    vocab_size=vocab_size,
-                    field=field,
-                    encoding=encoding,
-                    on_bad_text=on_bad_text,
-                    overwrite=True,
-                    progress=progress,
-                ),
-                DATA,
+            corpus = prepare(
+                text,
+                out / DATA,
+                vocab_size=vocab_size,
+                field=field,
+                encoding=encoding,
+                on_bad_text=on_bad_text,
+                overwrite=True,
+                progress=progress,
             )
+            places = [DATA]
         chosen = plan(
             vocab_size=corpus.vocab_size,
             text_bytes=corpus.train_bytes,
@@ -102,12 +108,13 @@ def train(
             steps=steps,
             size=size,
             device=device,
+            seed=seed,
             settings=settings,
         )
         check_device(chosen.device)
         facts = {
             "text": str(text),
-            "data": data,
+            "data": places,
             "fingerprint": corpus.fingerprint,
             "plan": plan_to_json(chosen),
             "torch": torch.__version__,
@@ -131,13 +138,12 @@ def resume(
     with locked(Path(path)):
         run = Run(Path(path))
         chosen = plan_from_json(run.settings["plan"])
-        data = Path(run.settings["data"])
-        corpus = Corpus.open(run.path / data)  # an absolute path stays what it is
+        places = [run.path / place for place in run.settings["data"]]  # an absolute path stays what it is
+        data = next((place for place in places if (place / "corpus.json").is_file()), places[0])
+        corpus = Corpus.open(data)
         if corpus.fingerprint != run.settings["fingerprint"]:
             fix = "restore the data, or start a new run"
-            raise InputError(
-                "E307", str(run.path / data), "is not the data that this run was started with", fix
-            )
+            raise InputError("E307", str(data), "is not the data that this run was started with", fix)
         if chosen.device != "cpu" and not machine.has_device(chosen.device):
             chosen = replace(chosen, device=machine.best_device(), precision="float32")
         check_device(chosen.device)
@@ -176,7 +182,16 @@ def load(path: str | Path, *, step: int | None = None, tokenizer: str | Path | N
 
     Raises InputError E201 when nothing at `path` is a model; E202, E203, E205, E209 when one is broken.
     """
-    path = find(path, step)
+    found = find(path, step)
+    try:
+        return _open(found, tokenizer)
+    except InputError:
+        if found.exists():
+            raise
+    return _open(find(path, step), tokenizer)  # a run that is being trained has just replaced its best step
+
+
+def _open(path: Path, tokenizer: str | Path | None) -> "LoadedLlama":
     if path.is_dir():
         config, weights = read_model(path)
         return LoadedLlama(config, Tokenizer.load(tokenizer or path), weights=weights)
@@ -203,7 +218,7 @@ def find(path: str | Path, step: int | None = None) -> Path:
     path = Path(path)
     if (path / RUN_JSON).is_file():
         run = Run(path)
-        return run.folder(run.best()) if step is None else run.checked(step)
+        return run.checked(run.best() if step is None else step)
     if (path / "config.json").is_file() or path.is_file():
         return path
     found = "holds no model" if path.exists() else "does not exist"
@@ -269,14 +284,17 @@ class LoadedLlama:
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
-        tokens = generate(
+        tokens = generate(  # which refuses what is out of range here and now, not when the first piece is asked for
             self.model,
             [self.encode(prompt)],
             max_tokens=max_tokens,
             sampling=sampling,
             stop_ids=self.tokenizer.eos_ids,
         )
-        stream = TextStream(self.tokenizer, stop)
+        return self._pieces(tokens, TextStream(self.tokenizer, stop))
+
+    @staticmethod
+    def _pieces(tokens: Iterator[Token], stream: TextStream) -> Iterator[str]:
         for token in tokens:
             if piece := stream.push(token.id):
                 yield piece

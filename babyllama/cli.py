@@ -1,5 +1,6 @@
 """The command line: one verb a stage. It parses, calls, prints; the work is done elsewhere."""
 
+import contextlib
 import inspect
 import io
 import os
@@ -26,9 +27,11 @@ Named texts can stand wherever a file can: fairy-tales, shakespeare, hub:NAME (a
 """
 
 OUTRO = (
-    "Exit status: 0 well, 2 usage, 3 bad input, 4 disk, memory or network, 5 numbers, 130 or 143 stopped and saved. \
+    "Exit status: 0 well, 2 usage, 3 bad input, 4 disk, memory or network, 5 numbers, 130 or 143 stopped by a signal. \
 Add --debug to any command to see where an error comes from."
 )
+
+SIGPIPE = 13  # its number where it exists
 
 app = typer.Typer(
     help=INTRO,
@@ -53,22 +56,23 @@ def verb(panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 ParseError: Any = typer.BadParameter.__base__  # of everything that is wrong with a command line
 
-Out = Annotated[
-    Path | None, typer.Option("--out", help="Folder to write. Default: runs/ and the name of the text.")
-]
 Vocabulary = Annotated[
     int | None, typer.Option("--vocab-size", help="Tokens to tell apart. Default: by size of text.")
 ]
-Encoding = Annotated[str, typer.Option(help="How files are encoded.")]
-BadText = Annotated[str, typer.Option(help="What to do where a file is not valid: error or replace.")]
-Field = Annotated[str, typer.Option(help="The field that holds the text, in jsonl and parquet files.")]
+Encoding = Annotated[str | None, typer.Option(help="How files are encoded. Default: utf-8.")]
+BadText = Annotated[
+    str | None, typer.Option(help="Where a file is not valid in it: error or replace. Default: error.")
+]
+Field = Annotated[
+    str | None, typer.Option(help="The field of the text in jsonl and parquet files. Default: text.")
+]
 Seed = Annotated[int, typer.Option(help="Another seed, another result; the same seed, the same.")]
 
 
 # ---- story ---------------------------------------------------------------------------------------
 
 STORY_RUN = Path("runs/fairy-tales")
-STORY_BEGINNING = "There was once"
+STORY_TEXT, STORY_BEGINNING = "fairy-tales", "There was once"
 SENTENCE_END = re.compile(r"""[.!?]["')]*(?=\s)""")
 
 
@@ -84,26 +88,23 @@ def story(
     """
     from babyllama import api
     from babyllama.checkpoint.run import RUN_JSON
-    from babyllama.terminal import console
+    from babyllama.terminal import command, console, note
 
     if not (out / RUN_JSON).is_file():
         console.print("[bold]A Llama learns to tell fairy tales.[/bold]\n")
         _train_and_show(
             lambda tell, progress: api.train(
-                "fairy-tales", out=out, minutes=minutes, tell=tell, progress=progress
+                STORY_TEXT, out=out, minutes=minutes, tell=tell, progress=progress
             ),
             out,
         )
-    elif not _finished(out):
+    elif not _done(out):
         _train_and_show(lambda tell, progress: api.resume(out, tell=tell), out)
     llama = api.load(out)
-    console.print(f"\n[bold]A story, told by {out}[/bold] (seed {seed})\n")
+    note(f"\nA story, told by {out} (seed {seed}):\n")
     _tell(llama, STORY_BEGINNING, seed)
-    console.print(
-        f"\n[dim]Another one:  babyllama story --seed {seed + 1}\n"
-        f'Your own:     babyllama generate {out} "The little prince"[/dim]',
-        soft_wrap=True,
-    )
+    note(f"\nAnother one:  {command('babyllama', 'story', '--seed', seed + 1)}")
+    note(f"Your own:     {command('babyllama', 'generate', out, 'The little prince')}")
 
 
 def _tell(llama: Any, beginning: str, seed: int) -> None:
@@ -117,10 +118,11 @@ def _tell(llama: Any, beginning: str, seed: int) -> None:
     say(story[: ends[-1]] if ends else story)
 
 
-def _finished(out: Path) -> bool:
+def _done(out: Path) -> bool:
     from babyllama.checkpoint.run import Run
 
-    return any(line.get("event") == "finished" for line in Run(out).metrics())
+    steps = Run(out).steps()
+    return bool(steps) and bool(Run(out).state(steps[-1]).get("done"))
 
 
 # ---- train ---------------------------------------------------------------------------------------
@@ -132,7 +134,9 @@ def train(
         str | None,
         typer.Argument(metavar="TEXT", help="A file, a folder, prepared data, or the name of a text."),
     ] = None,
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write. Default: runs/ and the name of the text.")
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Minutes of wall clock to train. Default: 10.")
     ] = None,
@@ -143,11 +147,13 @@ def train(
     ] = None,
     step: Annotated[int | None, typer.Option(help="With --resume: go on from this saved step.")] = None,
     vocab_size: Vocabulary = None,
-    seed: Seed = 1,
+    seed: Annotated[
+        int | None, typer.Option(help="Of weights and order: the same, the same. Default: 1.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps. Default: the best there is.")] = None,
-    encoding: Encoding = "utf-8",
-    on_bad_text: BadText = "error",
-    field: Field = "text",
+    encoding: Encoding = None,
+    on_bad_text: BadText = None,
+    field: Field = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any number of the plan, as learning_rate=0.001. Repeatable."),
@@ -161,83 +167,78 @@ def train(
     """
     from babyllama import api
 
+    reading = _given(field=field, encoding=encoding, on_bad_text=on_bad_text)
+    run = _given(minutes=minutes, steps=steps, size=size, seed=seed, device=device, vocab_size=vocab_size)
     if resume is not None:
-        given = {
-            "TEXT": text,
-            "--out": out,
-            "--minutes": minutes,
-            "--steps": steps,
-            "--size": size,
-            "--set": settings,
-        }
-        if extra := [name for name, value in given.items() if value]:
-            fix = f"leave {' and '.join(extra)} out, or start a new run without --resume"
+        given = [*_given(TEXT=text, out=out, set=settings), *run, *reading]
+        if given:
+            names = ", ".join(name if name == "TEXT" else _flag(name) for name in given)
+            found = f"a run goes on as it was started; {names} would change it"
             raise UsageError(
-                "E104",
-                "--resume",
-                f"a run goes on as it was started; {', '.join(extra)} would change it",
-                fix,
+                "E104", "--resume", found, f"leave out {names}, or start a new run without --resume"
             )
         _train_and_show(lambda tell, progress: api.resume(resume, step=step, tell=tell), resume)
         return
-    if text is None:
+    if step is not None:
         raise UsageError(
-            "E103", "TEXT", "nothing to train on", "name a text:  babyllama train fairy-tales --minutes 3"
+            "E103", "--step", "chooses a saved step of a run, and no run is named", "add --resume RUN"
         )
+    if text is None:
+        fix = "name a text:  babyllama train fairy-tales --minutes 3"
+        raise UsageError("E103", "TEXT", "nothing to train on", fix)
     out = out or Path("runs") / _name_of(text)
-    options = {"seed": seed, **_settings(settings or [])}
+    options = {**run, **reading, **_settings(settings or [])}
     _train_and_show(
-        lambda tell, progress: api.train(
-            text,
-            out=out,
-            minutes=minutes,
-            steps=steps,
-            size=size,
-            device=device,
-            vocab_size=vocab_size,
-            field=field,
-            encoding=encoding,
-            on_bad_text=on_bad_text,
-            tell=tell,
-            progress=progress,
-            **options,
-        ),
-        out,
+        lambda tell, progress: api.train(text, out=out, tell=tell, progress=progress, **options), out
     )
 
 
-def _train_and_show(start: Any, out: Path) -> None:
+def _train_and_show(start: Callable[[Any, Any], object], out: Path) -> None:
     """Run `start(tell, progress)` on the screen; a run that a signal stopped ends the program with its status."""
-    from babyllama.terminal import TrainingScreen, console, preparing
+    from babyllama.terminal import TrainingScreen, command, note, preparing
 
     with preparing() as progress, TrainingScreen() as screen:
         start(screen, progress)
-    if screen.outcome.stopped_by is not None:
-        console.print(
-            f"\nStopped and saved at step {screen.outcome.step:,}.  Go on:  babyllama train --resume {out}"
-        )
-        raise SystemExit(128 + screen.outcome.stopped_by)
-    console.print(f'Saved in {out}.  Try it:  babyllama generate {out} "..."', soft_wrap=True)
+    outcome = screen.outcome
+    with contextlib.suppress(OSError):
+        if outcome.stopped_by is None:
+            note(f"Saved in {out}.  Try it:  {command('babyllama', 'generate', out, 'Once')}")
+        elif outcome.step:
+            go_on = command("babyllama", "train", "--resume", out)
+            note(f"\nStopped and saved at step {outcome.step:,}.  Go on:  {go_on}")
+        else:
+            note(
+                f"\nStopped before the first step.  Start:  {command('babyllama', 'train', '--resume', out)}"
+            )
+    if outcome.stopped_by is not None:
+        raise SystemExit(128 + outcome.stopped_by)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those of the options that stand on the command line."""
+    return {name: value for name, value in options.items() if value is not None and value != []}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _name_of(text: str) -> str:
-    name = text.rstrip("/\\").replace("hub:", "").replace("\\", "/").rsplit("/", 1)[-1]
-    return Path(name).stem or "text"
+    path = Path(text.removeprefix("hub:").replace("\\", "/"))
+    return path.resolve().stem or "text"  # resolved, since "." and ".." have names too
 
 
-def _settings(pairs: list[str]) -> dict[str, str]:
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    from babyllama.train.recipe import check
+
     settings = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not value:
-            raise UsageError(
-                "E101",
-                f"--set {pair}",
-                "is not of the form NAME=VALUE",
-                "write it as --set learning_rate=0.001",
-            )
+            fix = "write it as --set learning_rate=0.001"
+            raise UsageError("E101", f"--set {pair}", "is not of the form NAME=VALUE", fix)
         settings[name.strip()] = value.strip()
-    return settings
+    return check(None, None, None, None, settings)
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -254,9 +255,9 @@ def data(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace prepared data that is there.")
     ] = False,
-    encoding: Encoding = "utf-8",
-    on_bad_text: BadText = "error",
-    field: Field = "text",
+    encoding: Encoding = None,
+    on_bad_text: BadText = None,
+    field: Field = None,
 ) -> None:
     """Turn a text into ids on disk, once, for many runs.
 
@@ -264,40 +265,38 @@ def data(
     rest, and everything written as ids. [bold]babyllama train OUT[/bold] takes it from there.
     """
     from babyllama.data.corpus import prepare
-    from babyllama.terminal import console, facts, preparing
+    from babyllama.terminal import command, facts, left_out, note, preparing
     from babyllama.text.tokenizer import Tokenizer
 
     chosen = None if tokenizer is None else Tokenizer.load(tokenizer)
+    reading = _given(field=field, encoding=encoding, on_bad_text=on_bad_text)
     with preparing() as progress:
         corpus = prepare(
             text,
             out,
             vocab_size=vocab_size,
             tokenizer=chosen,
-            field=field,
-            encoding=encoding,
-            on_bad_text=on_bad_text,
             overwrite=overwrite,
             progress=progress,
+            **reading,
         )
+    sides = {"training": (corpus.train_documents, corpus.train_bytes, len(corpus.train_ids))}
+    sides["validation"] = (corpus.val_documents, corpus.val_bytes, len(corpus.val_ids))
     facts(
         [
-            (
-                "training",
-                f"{corpus.train_documents:,} documents, {corpus.train_bytes:,} bytes, {len(corpus.train_ids):,} tokens",
-            ),
-            (
-                "validation",
-                f"{corpus.val_documents:,} documents, {corpus.val_bytes:,} bytes, {len(corpus.val_ids):,} tokens",
+            *(
+                (side, "{:,} documents, {:,} bytes, {:,} tokens".format(*numbers))
+                for side, numbers in sides.items()
             ),
             (
                 "vocabulary",
                 f"{corpus.vocab_size:,} tokens, {corpus.train_bytes / len(corpus.train_ids):.2f} bytes each",
             ),
+            *left_out(corpus),
         ],
         str(out),
     )
-    console.print(f"\nTrain on it:  babyllama train {out} --minutes 10", soft_wrap=True)
+    note(f"\nTrain on it:  {command('babyllama', 'train', out, '--minutes', 10)}")
 
 
 # ---- generate ------------------------------------------------------------------------------------
@@ -314,16 +313,25 @@ def generate(
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="The beginning that is to be continued.")
     ] = "",
-    max_tokens: Annotated[int, typer.Option(help="Tokens to add, at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token; above 1: bolder.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens only; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that make up this share.")] = 0.95,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to add, at most. Default: 200; with --strategies 60.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: the likeliest token; above 1: bolder. Default: 0.8.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Choose among the k likeliest tokens. Default: 0, all.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Choose among the likeliest of this share. Default: 0.95.")
+    ] = None,
     min_p: Annotated[
-        float, typer.Option(help="Leave out tokens less likely than this share of the likeliest.")
-    ] = 0.0,
+        float | None,
+        typer.Option(help="Leave out the less likely than this, of the likeliest. Default: 0."),
+    ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: what was said already gets less likely.")
-    ] = 1.0,
+        float | None, typer.Option(help="Above 1: what was said gets less likely. Default: 1.")
+    ] = None,
     seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
     strategies: Annotated[
@@ -342,22 +350,23 @@ def generate(
     from babyllama import api
     from babyllama.terminal import say
 
-    llama = api.load(model, step=step, tokenizer=tokenizer)
-    if strategies:
-        _strategies(llama, prompt, max_tokens, seed)
-        return
-    write = (lambda text, end="": print(text, end=end, flush=True)) if raw else say
-    pieces = llama.stream(
-        prompt,
-        max_tokens=max_tokens,
+    options = _given(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop or (),
+        stop=stop,
     )
+    if strategies and options:
+        names = ", ".join(map(_flag, options))
+        raise UsageError("E103", "--strategies", f"sets these itself: {names}", f"leave out {names}")
+    llama = api.load(model, step=step, tokenizer=tokenizer)
+    if strategies:
+        _strategies(llama, prompt, 60 if max_tokens is None else max_tokens, seed)
+        return
+    write = (lambda text, end="": print(text, end=end, flush=True)) if raw else say
+    pieces = llama.stream(prompt, seed=seed, **options, **_given(max_tokens=max_tokens))
     write(prompt, end="")
     for piece in pieces:
         write(piece, end="")
@@ -376,7 +385,7 @@ def _strategies(llama: Any, prompt: str, max_tokens: int, seed: int) -> None:
     table.add_column("what comes of it", ratio=1)
     for name, sampling in STRATEGIES.items():
         options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        text = llama.generate(prompt, max_tokens=min(max_tokens, 60), seed=seed, **options)
+        text = llama.generate(prompt, max_tokens=max_tokens, seed=seed, **options)
         table.add_row(name, Text(printable(text)))
     console.print(table)
 
@@ -463,12 +472,16 @@ def doctor() -> None:
         "Self-check",
     )
     device = machine.best_device()
-    console.print(
-        f"\nTraining would use [bold]{device}[/bold], products in [bold]{machine.best_precision(device)}[/bold]."
-    )
+    best = speed.best if device == "cpu" else machine.best_precision(device)
+    console.print(f"\nTraining would use [bold]{device}[/bold], products in [bold]{best}[/bold].")
     for check in checks:
         if not check.passed:
-            raise NumericalError("E503", check.device, str(check), "train on the CPU:  --device cpu")
+            fix = (
+                "train on the CPU:  --device cpu"
+                if check.device != "cpu"
+                else "do not trust numbers of this machine"
+            )
+            raise NumericalError("E503", check.device, str(check), fix)
 
 
 # ---- the program ---------------------------------------------------------------------------------
@@ -492,20 +505,21 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_fail(UsageError("E101", path, error.format_message(), f"see:  {path} --help")))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of our output has left
+    except (
+        BrokenPipeError
+    ):  # the reader of our output has left: no more is written to it, not even at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(128 + 13)
-    except OSError as error:
+        sys.exit(128 + SIGPIPE)
+    except Exception as error:
         if debug:
             raise
-        where = str(error.filename or "the system")
-        sys.exit(
-            _fail(
-                MachineError(
-                    "E403", where, error.strerror or str(error), "check the path and its permissions"
-                )
+        if isinstance(error, OSError):
+            where = str(error.filename or "input or output")
+            sys.exit(
+                _fail(MachineError("E403", where, error.strerror or str(error), "check that it can be used"))
             )
-        )
+        found, fix = f"{type(error).__name__}: {error}", "repeat it with --debug, and report what that shows"
+        sys.exit(_fail(BabyLlamaError("E901", "babyllama", found, fix)))
 
 
 def _fail(error: BabyLlamaError) -> int:

@@ -7,7 +7,8 @@
     ├── MachineError     E4xx   disk, memory, permission, lock or network         exit status 4
     └── NumericalError   E5xx   numbers stopped being numbers                     exit status 5
 
-Exit statuses 130 (Ctrl-C) and 143 (SIGTERM) mean: stopped by a signal, everything saved.
+E901 is a defect of Baby Llama itself, exit status 1. Exit statuses 129, 130 (Ctrl-C) and 143 mean: stopped by a signal;
+a training run has saved its state.
 
 An error says where it happened, what was found and what was expected, and one remedy:
 
@@ -50,6 +51,7 @@ CODES = {
     "E501": "loss or gradients are not finite",
     "E502": "the model produced logits that are not finite",
     "E503": "a device computes wrong numbers",
+    "E901": "a defect of Baby Llama",
 }
 
 

@@ -8,6 +8,7 @@ The letters of every shape in this project:
     B  sequences in a batch              V  entries of the vocabulary         H   query heads
     T  tokens in this call               D  width of the residual stream      K   key/value heads
     S  tokens attended to (cache + T)    F  width inside the feed-forward     hd  width of a head
+A # before a letter allows 1 in its place, a * allows any number of axes.
 
 Sources: [Llama] arXiv:2302.13971  [Llama 3] arXiv:2407.21783  [Attention] arXiv:1706.03762
          [GQA] arXiv:2305.13245  [RMSNorm] arXiv:1910.07467  [RoPE] arXiv:2104.09864  [GLU] arXiv:2002.05202
@@ -75,19 +76,8 @@ class Config:
         _require(self, "head_dim", self.head_dim % 2 == 0, "must be even, since RoPE turns pairs")
 
 
-def _require(sizes: object, name: str, holds: object, rule: str) -> None:
-    if not holds:
-        raise UsageError("E102", name, f"{name} ({getattr(sizes, name)}) {rule}", f"choose another {name}")
-
-
-def _require_positive(sizes: object) -> None:
-    for name, value in vars(sizes).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            _require(sizes, name, 0 < value < math.inf, "must be above 0")
-
-
 def hidden_width(dim: int, multiple_of: int = 32, ffn_dim_multiplier: float = 1.0) -> int:
-    """F by Llama's rule: 2/3 · 4 · dim, times a multiplier, rounded up to a multiple.
+    """F by Llama's rule: 2/3 · 4 · dim, times a multiplier, rounded up to a multiple (Llama's own: 256 and more).
 
     Two thirds, because SwiGLU has three matrices where a plain feed-forward of width 4 · dim has two.
     """
@@ -96,7 +86,7 @@ def hidden_width(dim: int, multiple_of: int = 32, ffn_dim_multiplier: float = 1.
 
 # ---- looking inside ------------------------------------------------------------------------------
 
-Tap = Callable[[str, Tensor], Tensor]
+Tap = Callable[[str, Tensor], Tensor]  # is shown a value by its name; what it returns is used from there on
 LAYER_TAPS = (
     "attention_norm.input", "attention_norm.output",  # (B, T, D)
     "attention.q", "attention.k", "attention.v",  # (B, H|K, T, hd)
@@ -117,7 +107,7 @@ def tap_names(config: Config) -> list[str]:
 
 
 def no_tap(name: str, tensor: Tensor) -> Tensor:
-    """A tap is shown every intermediate value; what it returns is used from there on. This one is blind."""
+    """Look at nothing, change nothing: the tap of a model that is only run."""
     return tensor
 
 
@@ -204,7 +194,7 @@ class Call(NamedTuple):
     rope: Rope
     mask: Tensor | None  # (#B, 1, T, S), True where a query may look; None: at every slot up to its own
     cache: Cache | None
-    attend: Callable[..., Tensor]  # attend or attend_fused
+    attention: Callable[..., Tensor]  # one of the two below
 
 
 def attend(
@@ -245,7 +235,7 @@ class Attention(nn.Module):
         q, k = tap("q_rotated", rotate(q, call.rope)), tap("k_rotated", rotate(k, call.rope))
         if call.cache is not None:
             k, v = call.cache.append(self.layer, k, v)  # (B, K, S, hd): of all tokens so far
-        heads = tap("heads", call.attend(q, k, v, call.mask, tap))  # (B, H, T, hd)
+        heads = tap("heads", call.attention(q, k, v, call.mask, tap))  # (B, H, T, hd)
         return tap("output", self.wo(heads.transpose(1, 2).reshape(B, T, -1)))
 
 
@@ -305,7 +295,8 @@ class Llama(nn.Module):
         self, tokens: Int[Tensor, "B T"], cache: Cache | None = None, tap: Tap = no_tap, fused: bool = True
     ) -> Float[Tensor, "B T V"]:
         """`fused` takes PyTorch's attention; a tap the written-out one, since only that has scores."""
-        T, fused = tokens.shape[1], fused and tap is no_tap
+        T = tokens.shape[1]
+        fused = fused and tap is no_tap
         start = tokens.new_zeros(1) if cache is None else cache.lengths
         positions = start[:, None] + torch.arange(T, device=tokens.device)  # (#B, T)
         mask = None
@@ -333,10 +324,21 @@ class Llama(nn.Module):
 
 
 def init_std(name: str, shape: tuple[int, ...]) -> float:
-    """Spread of a new matrix (out, in): 0 for the two that write into the residual stream, so that a block begins
-    as the identity; little for the vocabulary's, so that all tokens begin about equally likely; 1/√in elsewhere."""
+    """Spread of a new matrix (out, in), our choice: 0 for the two that write into the residual stream, so that a block
+    begins as the identity; little for the vocabulary's, so that all tokens begin about alike; 1/√in elsewhere."""
     if name.endswith(("attention.wo.weight", "feed_forward.w_down.weight")):
         return 0.0
     if name in ("tok_embeddings.weight", "lm_head.weight"):
         return min(0.02, 2 / shape[1])
     return shape[1] ** -0.5
+
+
+def _require(sizes: object, name: str, holds: object, rule: str) -> None:
+    if not holds:
+        raise UsageError("E102", name, f"{name} ({getattr(sizes, name)}) {rule}", f"choose another {name}")
+
+
+def _require_positive(sizes: object) -> None:
+    for name, value in vars(sizes).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _require(sizes, name, 0 < value < math.inf, "must be above 0")

@@ -1,6 +1,7 @@
 """What a person sees in the terminal: a plan, a run as it goes, tables. Rich draws; nothing is computed here."""
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,8 +13,15 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """The reader of our output has left: say so to whoever printed, who knows what that means."""
+        raise BrokenPipeError
+
+
+console = _Console(highlight=False)
+errors = _Console(stderr=True, highlight=False)
 
 
 def printable(text: str) -> str:
@@ -29,6 +37,16 @@ def _sign(character: str) -> str:
 def say(text: str, end: str = "\n") -> None:
     """Text of a model: never read as markup, never a control sequence."""
     console.out(printable(text), end=end, highlight=False)
+
+
+def note(text: str) -> None:
+    """A line of ours with names of the person's own in it: as it is, on one line however long."""
+    console.print(printable(text), markup=False, soft_wrap=True)
+
+
+def command(*words: object) -> str:
+    """A command as it can be typed, or copied, into a shell."""
+    return shlex.join(map(str, words))
 
 
 def facts(rows: list[tuple[str, str]], title: str = "") -> None:
@@ -82,15 +100,19 @@ def preparing() -> Iterator[Callable[[str, int, int], None]]:
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:3.0f} %"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("reading", total=None)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("", total=None)
 
-        def told(stage: str, done: int, total: int) -> None:
-            progress.update(task, description=stage, completed=done, total=total or None)
-            if stage == "encoding" and done >= total:
-                progress.stop()
+    def told(stage: str, done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, description=stage, completed=done, total=total or None)
+        if stage == "encoding" and done >= total:
+            bar.stop()
 
+    try:
         yield told
+    finally:
+        bar.stop()
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -103,7 +125,7 @@ class TrainingScreen:
         self.bits: float | None = None
         self.outcome: Any = None
         columns = (
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=14),
             TextColumn("{task.percentage:3.0f} %"),
             TextColumn("{task.description}"),
         )
@@ -118,7 +140,10 @@ class TrainingScreen:
             self.live.stop()
 
     def __call__(self, event: Any) -> None:
-        getattr(self, f"_{type(event).__name__.lower()}", lambda event: None)(event)
+        show = getattr(self, f"_{type(event).__name__.lower()}", None)
+        if show is not None:
+            with contextlib.suppress(OSError):  # a screen that is gone or full is no reason to stop training
+                show(event)
 
     def _planned(self, event: Any) -> None:
         plan, corpus = event.plan, event.corpus
@@ -136,6 +161,7 @@ class TrainingScreen:
                     f"{corpus.train_bytes:,} bytes in {corpus.train_documents:,} documents; "
                     f"{corpus.val_bytes:,} bytes in {corpus.val_documents:,} more are held out for validation",
                 ),
+                *left_out(corpus),
                 (
                     "tokens",
                     f"{len(corpus.train_ids):,} to learn from, of a vocabulary of {corpus.vocab_size:,}; "
@@ -154,10 +180,7 @@ class TrainingScreen:
 
     def _started(self, event: Any) -> None:
         for problem in event.passed_over:
-            console.print(
-                f"[yellow]passed over[/yellow] {escape(problem.where)}: {escape(problem.found)}",
-                soft_wrap=True,
-            )
+            note(f"passed over {problem.where}: {problem.found}")
         if event.step:
             console.print(f"Going on from step {event.step:,}.")
         if console.is_terminal:
@@ -166,23 +189,26 @@ class TrainingScreen:
     def _stepped(self, event: Any) -> None:
         if not console.is_terminal:
             return
-        parts = [f"step {event.step:,}", f"loss {event.loss:.2f}"]
-        if self.bits is not None:
-            parts.append(f"{self.bits:.2f} bits/byte")
-        parts.append(f"{event.tokens_per_second:,.0f} tokens/s")
-        if event.memory is not None and console.width >= 110:
-            parts.append(size(event.memory))
-        parts.append(f"{duration(event.seconds_left)} left")
-        shown = parts if console.width >= 90 else [parts[0], parts[-1]]
-        self.live.update(self.task, completed=event.progress, description=" · ".join(shown))
+        parts = {  # in the order in which they are shown; the later in `given_up`, the dearer
+            "step": f"step {event.step:,}",
+            "loss": f"loss {event.loss:.2f}",
+            "bits": "" if self.bits is None else f"{self.bits:.2f} bits/byte",
+            "speed": f"{event.tokens_per_second:,.0f} tokens/s",
+            "memory": "" if event.memory is None else size(event.memory),
+            "left": f"{duration(event.seconds_left)} left",
+        }
+        room = console.width - 24  # beside the bar and the percentage
+        for given_up in ("memory", "step", "speed", "bits", "loss"):
+            if len(" · ".join(filter(None, parts.values()))) > room:
+                parts[given_up] = ""
+        self.live.update(
+            self.task, completed=event.progress, description=" · ".join(filter(None, parts.values()))
+        )
 
     def _evaluated(self, event: Any) -> None:
         self.bits = event.score.bits_per_byte
-        star = " [green]best so far[/green]" if event.best else ""
-        console.print(
-            f"step {event.step:>6,}   [bold]{event.score.bits_per_byte:.3f}[/bold] bits per byte "
-            f"± {event.score.error:.3f}{star}"
-        )
+        best = "  [green]best so far[/green]" if event.best else ""
+        console.print(f"step {event.step:>6,}   {bits_per_byte(event.score)}{best}")
         if event.sample:
             words = " ".join(event.sample.split())
             console.print(
@@ -194,10 +220,21 @@ class TrainingScreen:
             self.live.stop()
         self.outcome = event
         if event.score is not None:
-            console.print(
-                f"\nDone after {event.step:,} steps: [bold]{event.score.bits_per_byte:.3f}[/bold] bits per byte "
-                f"± {event.score.error:.3f} on all of the held-out text ({event.score.bytes:,} bytes)."
-            )
+            console.print(f"\nDone after {event.step:,} steps: {bits_per_byte(event.score)}")
+            console.print(f"on all of the held-out text ({event.score.bytes:,} bytes).")
+
+
+def bits_per_byte(score: Any) -> str:
+    """A score, as markup."""
+    spread = "" if score.error is None else f" ± {score.error:.3f}"
+    return f"[bold]{score.bits_per_byte:.3f}[/bold] bits per byte{spread}"
+
+
+def left_out(corpus: Any) -> list[tuple[str, str]]:
+    """What of a text was not used, and why; nothing when all of it was."""
+    parts = [f"{count} exact duplicates"] if (count := corpus.duplicates) else []
+    parts += [f"{number} × {reason}" for reason, number in corpus.skipped.items()]
+    return [("left out", ", ".join(parts))] if parts else []
 
 
 # ---- costs ---------------------------------------------------------------------------------------

@@ -333,7 +333,7 @@ def test_a_run_that_was_moved_goes_on_with_the_text_inside_it(trained, tmp_path)
 def test_what_a_run_was_started_with_stands_in_it(trained):
     run, events = trained
     settings = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
-    assert settings["text"].endswith("book.txt") and settings["data"] == "data"
+    assert settings["text"].endswith("book.txt") and settings["data"] == ["data"]
     assert settings["fingerprint"] == events[0].corpus.fingerprint
     assert settings["plan"]["steps"] == 6 and settings["plan"]["save_every"] == 2
 

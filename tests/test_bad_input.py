@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -129,11 +130,36 @@ def test_an_unknown_setting_names_the_nearest(tmp_path, refused, book):
         (["--minutes", "1", "--steps", "1"], "E103"),
         (["--device", "abacus"], "E101"),
         (["--steps", "many"], "E101"),
+        (["--seed", "9" * 30], "E102"),
+        (["--seed", "-1"], "E102"),
+        (["--set", "threads=100000"], "E102"),
+        (["--set", "context=0"], "E102"),
+        (["--set", "device=cpu"], "E101"),
+        (["--set", "tell=1"], "E101"),
+        (["--set", "out=x"], "E101"),
+        (["--step", "3"], "E103"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(tmp_path, refused, book, arguments, code):
     refused(code, 2, "train", book, "--out", tmp_path / "run", *arguments)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_wrong_setting_is_said_before_the_text_is_read(tmp_path, refused, book, monkeypatch):
+    def reads(*arguments, **options):
+        raise AssertionError("the text was read first")
+
+    monkeypatch.setattr(api, "prepare", reads)
+    for arguments in (["--set", "warmup=3"], ["--size", "x"], ["--steps", "0"], ["--device", "abacus"]):
+        refused(
+            "E101" if "abacus" in arguments else "E102",
+            2,
+            "train",
+            book,
+            "--out",
+            tmp_path / "run",
+            *arguments,
+        )
 
 
 def test_training_on_nothing_is_refused(refused):
@@ -178,8 +204,75 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path, refused, book, tr
     assert book.stat().st_size > 1000 and (tmp_path / "mine" / "letters.txt").exists()
 
 
-def test_a_resumed_run_takes_no_new_settings(refused, trained):
-    assert "--minutes" in refused("E104", 2, "train", "--resume", trained, "--minutes", 3)
+def test_nothing_is_swept_from_a_folder_that_is_none_of_ours(tmp_path, refused, book):
+    mine = tmp_path / "mine"
+    (mine / ".tmp-work").mkdir(parents=True)
+    for name in (".tmp-work/thesis.txt", ".tmp-notes.txt", ".del-x"):
+        (mine / name).write_text("dear", encoding="utf-8")
+    before = sorted(mine.rglob("*"))
+    refused("E403", 4, "train", book, "--out", mine, *FAST)
+    assert sorted(mine.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--minutes", "3"],
+        ["--seed", "0"],
+        ["--device", "cpu"],
+        ["--vocab-size", "300"],
+        ["--encoding", "utf-8"],
+    ]
+    + [
+        ["--field", "text"],
+        ["--set", "warmup=0"],
+        ["--out", "x"],
+        ["--size", "3M"],
+        ["--on-bad-text", "error"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_resumed_run_takes_no_new_settings(refused, trained, arguments):
+    assert arguments[0] in refused("E104", 2, "train", "--resume", trained, *arguments)
+
+
+def test_prepared_data_takes_no_other_vocabulary(tmp_path, refused, book):
+    with contextlib.suppress(SystemExit):
+        main(["data", str(book), "--out", str(tmp_path / "ids")])
+    refused("E103", 2, "train", tmp_path / "ids", "--out", tmp_path / "run", "--vocab-size", 300, *FAST)
+
+
+def test_strategies_choose_their_own_temperature(refused, trained):
+    refused("E103", 2, "generate", trained, "Once", "--strategies", "--temperature", 1)
+
+
+@pytest.mark.parametrize("name", ["a [bold]b[/bold]", "q[/b]", "with space", "--x"])
+def test_a_folder_may_have_any_name_and_is_printed_as_it_can_be_typed(tmp_path, book, capsys, name):
+    with contextlib.suppress(SystemExit):
+        main(["train", str(book), "--out", str(tmp_path / name), *FAST])
+    said = capsys.readouterr().out
+    assert f"Saved in {tmp_path / name}." in said
+    assert shlex.join(["babyllama", "generate", str(tmp_path / name), "Once"]) in said
+
+
+def test_a_run_json_without_its_plan_is_refused(trained, refused):
+    (trained / "run.json").write_bytes(b'{"format": 1}')
+    refused("E206", 3, "train", "--resume", trained)
+
+
+def test_a_best_step_with_a_flipped_bit_tells_no_story(trained, refused):
+    path = Run(trained).folder(Run(trained).best()) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    refused("E204", 3, "generate", trained, "Once")
+
+
+def test_a_defect_of_ours_is_an_error_with_a_code_too(trained, refused, monkeypatch):
+    monkeypatch.setattr(api, "load", lambda *arguments, **options: 1 / 0)
+    assert "--debug" in refused("E901", 1, "generate", trained, "Once")
+    with pytest.raises(ZeroDivisionError):
+        main(["generate", str(trained), "Once", "--debug"])
 
 
 def test_what_is_no_run_is_not_resumed(tmp_path, refused):
@@ -298,7 +391,15 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal(trained, monkey
 
 def test_a_real_process_shows_no_traceback_and_leaves_with_the_status(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "babyllama", "train", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")],
+        [
+            sys.executable,
+            "-m",
+            "babyllama",
+            "train",
+            str(tmp_path / "nowhere"),
+            "--out",
+            str(tmp_path / "run"),
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -114,7 +114,10 @@ def test_data_prepares_a_text_and_train_takes_it_from_there(book, tmp_path, said
     shown = said("data", book, "--out", tmp_path / "ids", "--vocab-size", 300)
     assert "300 tokens" in shown and f"babyllama train {tmp_path / 'ids'}" in shown
     shown = said("train", tmp_path / "ids", "--out", tmp_path / "run", "--steps", 2, *FAST)
-    assert "vocabulary of 300" in shown and Run(tmp_path / "run").settings["data"] == str(tmp_path / "ids")
+    assert "vocabulary of 300" in shown and Run(tmp_path / "run").settings["data"] == [
+        "../ids",
+        str(tmp_path / "ids"),
+    ]
     said("data", book, "--out", tmp_path / "again", "--tokenizer", tmp_path / "ids" / "tokenizer.json")
     tokenizers = [Tokenizer.load(tmp_path / name).sha256 for name in ("ids", "again")]
     assert tokenizers[0] == tokenizers[1]
@@ -123,7 +126,7 @@ def test_data_prepares_a_text_and_train_takes_it_from_there(book, tmp_path, said
 @pytest.mark.parametrize(
     ("text", "name"),
     [("notes/", "notes"), ("a/b/book.txt", "book"), ("hub:owner/tales", "tales"), ("fairy-tales", "fairy-tales"),
-     (".", "text"), ("C:\\texts\\mine.md", "mine")],
+     (".", Path.cwd().stem), ("C:\\texts\\mine.md", "mine")],
 )  # fmt: skip
 def test_a_run_is_named_for_its_text(text, name, monkeypatch, said):
     seen = {}
@@ -134,7 +137,7 @@ def test_a_run_is_named_for_its_text(text, name, monkeypatch, said):
 
     monkeypatch.setattr(api, "train", train)
     said("train", text, "--set", "learning_rate=0.1")
-    assert seen["out"] == Path("runs") / name and seen["text"] == text and seen["learning_rate"] == "0.1"
+    assert seen["out"] == Path("runs") / name and seen["text"] == text and seen["learning_rate"] == 0.1
 
 
 # ---- generate, info, doctor ----------------------------------------------------------------------

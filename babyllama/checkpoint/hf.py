@@ -134,7 +134,11 @@ def read_config(path: Path) -> Config:
         values[ours] = _number(value, wanted, lambda found, key=theirs: refuse(key, found))
         if ours in LARGEST and not 0 < value <= LARGEST[ours]:
             raise refuse(theirs, f"is {value}, expected 1 to {LARGEST[ours]:,}")
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(key) or {}, dict):
+            raise refuse(key, f"is {raw[key]!r:.60}, expected an object")
+        rope |= raw.get(key) or {}
     theta = rope.get("rope_theta", raw.get("rope_theta"))
     if theta is not None:
         values["rope_theta"] = _number(theta, float, lambda found: refuse("rope_theta", found))

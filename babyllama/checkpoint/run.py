@@ -68,7 +68,14 @@ class Run:
         if (path / RUN_JSON).exists():
             fix = f"go on with it:  babyllama train --resume {path}"
             raise MachineError("E403", str(path), "already holds a run", fix)
-        if path.exists() and not (path.is_dir() and OURS.issuperset(entry.name for entry in path.iterdir())):
+        if not path.exists():
+            return
+        names = {entry.name for entry in path.iterdir()} if path.is_dir() else {"a file"}
+        if (
+            ".lock" in names
+        ):  # an earlier start was killed here, and left what the holder of the lock will sweep
+            names = {name for name in names if not name.startswith((".tmp-", ".del-"))}
+        if names - OURS:
             raise MachineError(
                 "E403", str(path), "exists and is not a run", "choose an empty or a new folder with --out"
             )
@@ -98,6 +105,8 @@ class Run:
             remove_folder(folder)
         write_folder(folder, {**files, STATE: json.dumps(state, indent=1).encode()}, {"step": step})
         verify_folder(folder)
+        for later in [each for each in self.steps() if each > step]:
+            remove_folder(self.folder(later))  # damaged, or of a course that was given up for this one
         best = self.best()
         for old in self.steps()[:-KEEP_AT_LEAST]:
             if old != best:
@@ -125,8 +134,18 @@ class Run:
                 f"has no saved step {step}; saved: {saved}",
                 "choose one of these with --step",
             )
-        verify_folder(self.folder(step))
+        try:
+            verify_folder(self.folder(step))
+        except InputError as error:
+            raise InputError(error.code, error.where, error.found, self._instead_of(step)) from None
         return self.folder(step)
+
+    def _instead_of(self, step: int) -> str:
+        for other in reversed(self.steps()):
+            with suppress(InputError):
+                if other != step and verify_folder(self.folder(other)):
+                    return f"use step {other}, the newest intact one:  --step {other}"
+        return "restore the run folder from a copy, or start a new run"
 
     def newest_intact(self) -> tuple[int, list[InputError]]:
         """The highest step whose every byte is what it was, and what was wrong with the ones passed over.
@@ -167,13 +186,13 @@ class Run:
             file.write(json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line cut by a crash is passed over."""
+        """The lines of metrics.jsonl; one that a crash has cut is passed over."""
         lines = []
         with suppress(FileNotFoundError):
-            for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines():
+            for line in (self.path / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError):
                     lines.append(json.loads(line))
-        return lines
+        return [line for line in lines if isinstance(line, dict)]
 
 
 @contextmanager

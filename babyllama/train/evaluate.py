@@ -19,7 +19,7 @@ class Score:
     """`bits_per_byte` = nats / (ln 2 · bytes of the text), with its standard error over the parts of the text."""
 
     bits_per_byte: float
-    error: float
+    error: float | None  # None: one part has no spread
     nats_per_token: float
     tokens: int
     bytes: int
@@ -70,11 +70,11 @@ def score(
     if total == 0:
         raise InputError("E303", "the text to score", "holds no predictable byte", "give a longer text")
     ratio = nats_by_part.sum() / total
-    parts = len(nats_by_part)
-    spread = np.sqrt(((nats_by_part - ratio * bytes_by_part) ** 2).sum() * parts / max(1, parts - 1)) / total
+    parts, off = len(nats_by_part), nats_by_part - ratio * bytes_by_part
+    spread = None if parts < 2 else float(np.sqrt((off**2).sum() * parts / (parts - 1)) / total)
     return Score(
         bits_per_byte=float(ratio / math.log(2)),
-        error=float(spread / math.log(2)),
+        error=None if spread is None else spread / math.log(2),
         nats_per_token=float(nats_by_part.sum() / tokens),
         tokens=tokens,
         bytes=total,

@@ -36,6 +36,7 @@ from babyllama.train.optim import adamw, learning_rate, load_optimizer, optimize
 from babyllama.train.recipe import Plan
 
 OPTIMIZER = "optim.safetensors"
+RECORDS = 200  # steps that metrics.jsonl tells of, evenly over a run
 RESERVED = 0.03  # of a time budget, for the last evaluation and the last save
 
 # ---- what the loop tells ------------------------------------------------------------------------
@@ -188,7 +189,7 @@ class _Training:
         state = {
             "step": self.step,
             "seconds": self.seconds,
-            "tokens": self.step * self.plan.tokens_per_step,
+            "done": self.progress >= 1,
             "bits_per_byte": self.evaluated.bits_per_byte if self.evaluated else None,
             "best_bits_per_byte": self.best_bits if math.isfinite(self.best_bits) else None,
             "torch": torch.__version__,
@@ -221,7 +222,7 @@ class _Training:
     def run_from(self, wanted: int | None, caught: list[int]) -> Outcome:
         self.restore(wanted)
         clock, recent = time.perf_counter(), [(time.perf_counter(), self.step)]
-        last_save = clock
+        last_save, saved = clock, self.step
         while self.progress < 1 and not caught:
             before = self.progress
             rate = learning_rate(self.plan, before)
@@ -241,27 +242,26 @@ class _Training:
                 self.step, min(1.0, self.progress), loss, norm, rate, speed, self.seconds, left, peak_memory()
             )
             self.tell(stepped)
-            if self._due(before):
+            if self._due(before, RECORDS):
                 self._record(event="step", **asdict(stepped))
+            if self._due(before, self.plan.evaluations):
                 self.evaluate()
-            saved = self.evaluated is not None
             if self.plan.save_every:
-                saved = saved or self.step % self.plan.save_every == 0
+                due = self.step % self.plan.save_every == 0
             else:
-                saved = saved or now - last_save > self.plan.save_seconds
-            if saved:
+                due = now - last_save > self.plan.save_seconds
+            if due or self.evaluated is not None:
                 self.save()
-                last_save = time.perf_counter()
+                last_save, saved = time.perf_counter(), self.step
         if self.progress < 1:
-            if self.step not in self.run.steps():
+            if self.step > 0 and self.step != saved:  # at 0 there is nothing that a new start would not make
                 self.save()
             return Outcome(self.step, None, caught[0])
         return self.finish()
 
-    def _due(self, before: float) -> bool:
-        """Whether an evaluation stands between the progress `before` this step and now. One stands at the end."""
-        n = self.plan.evaluations
-        return self.progress >= 1 or math.floor(before * n) != math.floor(self.progress * n)
+    def _due(self, before: float, times: int) -> bool:
+        """Whether one of `times` even marks lies between the progress `before` this step and now; the end is one."""
+        return self.progress >= 1 or math.floor(before * times) != math.floor(self.progress * times)
 
     def take_step(self, rate: float) -> tuple[float, float]:
         """One update. Returns the loss in nats per target token and the norm of the gradient before clipping.
@@ -358,12 +358,13 @@ def peak_memory() -> int | None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """A list into which the first SIGINT or SIGTERM puts itself; a second one acts as it would without us."""
+    """A list into which the first SIGINT, SIGTERM or SIGHUP puts itself; a second acts as it would without us."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def catch(number: int, frame: FrameType | None) -> None:
         caught.append(number)
@@ -371,7 +372,8 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(each, handler)
 
     for number in before:
-        signal.signal(number, catch)
+        if before[number] is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, catch)
     try:
         yield caught
     finally:

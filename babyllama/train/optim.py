@@ -63,7 +63,8 @@ def load_optimizer(model: Llama, optimizer: torch.optim.Optimizer, tensors: dict
     """Give the optimiser back its memory. Raises KeyError when a parameter's is missing."""
     for name, weight, key in _entries(model):
         tensor = tensors[f"{name}.{key}"]
-        optimizer.state[weight][key] = tensor if key == "step" else tensor.to(weight.device)
+        counts_on_cpu = key == "step" and not optimizer.defaults["fused"]  # as torch itself keeps it
+        optimizer.state[weight][key] = tensor if counts_on_cpu else tensor.to(weight.device)
 
 
 def _entries(model: Llama) -> Iterator[tuple[str, Tensor, str]]:

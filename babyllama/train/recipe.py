@@ -70,8 +70,9 @@ class Plan:
             "evaluation_tokens",
         ):
             self._require(name, 0 < getattr(self, name) < math.inf, "must be above 0")
-        for name in ("steps", "seconds", "weight_decay", "clip", "evaluations", "save_every", "seed"):
+        for name in ("steps", "seconds", "weight_decay", "clip", "evaluations", "save_every", "save_seconds"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "must be 0 or above")
+        self._require("seed", 0 <= self.seed < 2**63, "must be from 0 to 2^63 - 1")
         for name in ("warmup", "beta1", "beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
 
@@ -84,7 +85,8 @@ class Plan:
         return self.batch_size * self.accumulation * self.context
 
 
-SETTINGS = {one.name: one.type for one in fields(Plan) if one.name not in ("model", "steps", "seconds")}
+ASKED_FOR_OTHERWISE = {"model", "steps", "seconds", "seed", "device"}
+SETTINGS = {one.name: one.type for one in fields(Plan) if one.name not in ASKED_FOR_OTHERWISE}
 
 
 def plan(
@@ -96,6 +98,7 @@ def plan(
     steps: int | None = None,
     size: str | None = None,
     device: str | None = None,
+    seed: int = 1,
     settings: dict[str, Any] | None = None,
 ) -> Plan:
     """The plan for a text of `text_bytes` and `train_tokens` on this machine.
@@ -106,26 +109,17 @@ def plan(
     Raises UsageError E101 (unknown setting), E102, E103; InputError E303 (less text than one row); MachineError E404
     (more than fits in memory).
     """
-    settings = _checked(settings or {})
-    if minutes is not None and steps is not None:
-        raise UsageError(
-            "E103", "--minutes, --steps", "either of them ends the run, and both are given", "give one"
-        )
-    for name, value in (("--minutes", minutes), ("--steps", steps)):
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError("E102", name, f"is {value}, expected a number above 0", f"choose another {name}")
+    settings = check(minutes, steps, size, device, settings or {})
     if minutes is None and steps is None:
         minutes = 10.0
     device = device or machine.best_device()
-    if not machine.has_device(device):
-        found = f"{device!r} is not a device that torch finds here"
-        raise UsageError("E101", "--device", found, "see what there is:  babyllama doctor")
     speed = machine.measure_precision(device)
     precision = settings.pop("precision", speed.best)
     peak = max(speed.bfloat16, speed.float32) if precision == "bfloat16" else speed.float32
-    context = settings.pop("context", None) or next(
-        one for one in CONTEXTS if train_tokens >= 16 * one or one == 16
-    )
+    if "context" in settings:
+        context = settings.pop("context")
+    else:
+        context = next(one for one in CONTEXTS if train_tokens >= 16 * one or one == CONTEXTS[-1])
 
     def config(shape: tuple[int, int, int]) -> Config:
         dim, n_layers, n_heads = shape
@@ -147,18 +141,17 @@ def plan(
             and tokens(one) >= TOKENS_PER_PARAMETER * costs.parameters(one).total
         ]
         model = fitting[-1] if fitting else config(SHAPES[0])
-    expected = min(tokens(model), steps * 2048.0 if steps is not None else math.inf)
-    rows = max(
-        1, min(round(min(max(expected / 2000, 512), 2**16) / context), max(1, train_tokens // context))
-    )
+    tokens_per_step = 2048 if steps is not None else min(max(tokens(model) / 2000, 512), 2**16)
+    rows = max(1, min(round(tokens_per_step / context), train_tokens // context))
     chosen = Plan(
         model=model,
         context=context,
-        batch_size=rows if steps is None else min(12, max(1, train_tokens // context)),
+        batch_size=rows,
         steps=steps or 0,
         seconds=0.0 if steps is not None else 60.0 * (minutes or 0),
         # Half of the law fitted for the OLMo models, 0.0047 · (N / 108M)^(-1/3), and at most 0.004 for the smallest
         learning_rate=min(0.0047 * (costs.parameters(model).total / 108e6) ** (-1 / 3) / 2, 0.004),
+        seed=seed,
         device=device,
         precision=precision,
         threads=machine.physical_cores(),
@@ -170,6 +163,31 @@ def plan(
         raise InputError("E303", "the text", found, fix)
     _check_memory(chosen)
     return chosen
+
+
+def check(
+    minutes: int | float | None,
+    steps: int | None,
+    size: str | None,
+    device: str | None,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """The settings as numbers; whatever is wrong with a request is said here, before any text is read.
+
+    Raises UsageError E101 (unknown setting or device), E102 (out of range), E103 (minutes and steps).
+    """
+    if minutes is not None and steps is not None:
+        found = "either of them ends the run, and both are given"
+        raise UsageError("E103", "--minutes, --steps", found, "give one of them")
+    for name, value in (("--minutes", minutes), ("--steps", steps)):
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError("E102", name, f"is {value}, expected a number above 0", f"choose another {name}")
+    if size is not None:
+        parse_size(size)
+    if device is not None and not machine.has_device(device):
+        found = f"{device!r} is not a device that torch finds here"
+        raise UsageError("E101", "--device", found, "see what there is:  babyllama doctor")
+    return _typed(settings)
 
 
 def parse_size(text: str) -> float:
@@ -186,7 +204,7 @@ def parse_size(text: str) -> float:
     return size
 
 
-def _checked(settings: dict[str, Any]) -> dict[str, Any]:
+def _typed(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, as numbers of the type that Plan declares."""
     kept = {}
     for name, value in settings.items():
@@ -209,8 +227,13 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
                 ) from None
         else:
             kept[name] = str(value)
+    if kept.get("threads", 1) > machine.logical_cores():
+        found = f"is {kept['threads']}, this machine runs {machine.logical_cores()} at once"
+        raise UsageError("E102", "--set threads", found, "choose fewer")
     if kept.get("precision", "float32") not in ("float32", "bfloat16"):
         raise UsageError("E101", "--set precision", f"is {kept['precision']!r}", "choose float32 or bfloat16")
+    smallest = Config(vocab_size=1, dim=2, n_layers=1, n_heads=1)
+    Plan(model=smallest, steps=1, **{"context": 1, "batch_size": 1, **kept})  # refuses what is out of range
     return kept
 
 

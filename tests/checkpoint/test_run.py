@@ -1,6 +1,7 @@
 """A run on disk: what is kept, what is resumed, who may write."""
 
 import multiprocessing
+import os
 import time
 
 import pytest
@@ -37,8 +38,10 @@ def test_of_equally_good_steps_the_newest_is_best(run):
 
 
 def test_steps_are_ordered_by_number_not_by_time(run):
-    save(run, 30)
     save(run, 20)
+    save(run, 30)
+    os.utime(run.folder(20))  # touched later
+    os.utime(run.folder(30), (0, 0))
     assert run.newest_intact()[0] == 30
 
 
@@ -114,7 +117,9 @@ def test_what_is_no_run_is_refused(tmp_path):
         assert caught.value.code == "E201"
 
 
-@pytest.mark.parametrize(("content", "code"), [("", "E206"), ("{}", "E206"), ('{"format": 99}', "E208")])
+@pytest.mark.parametrize(
+    ("content", "code"), [("", "E206"), ("{}", "E206"), ('{"format": 99}', "E208"), ('{"format": 1}', "E206")]
+)
 def test_a_run_json_that_cannot_be_used_is_refused(run, content, code):
     (run.path / "run.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError) as caught:
@@ -151,3 +156,51 @@ def test_the_lock_is_one_persons_at_a_time_and_ends_with_its_process(tmp_path):
         holder.join()
     with locked(tmp_path):
         pass
+
+
+def test_a_save_gives_up_the_later_steps_of_another_course(run):
+    for step in (10, 20, 30):
+        save(run, step)
+    damage(run, 30)
+    save(run, 15)
+    assert run.steps() == [15]  # 10 went when 30 was saved, 20 and 30 with the course they belong to
+    assert run.newest_intact() == (15, [])
+
+
+def test_a_damaged_step_names_an_intact_one(run):
+    save(run, 1)
+    save(run, 2)
+    damage(run, 2)
+    with pytest.raises(InputError) as caught:
+        run.checked(2)
+    assert "--step 1" in caught.value.fix
+
+
+def test_every_flipped_bit_of_run_json_is_noticed(run):
+    path = run.path / "run.json"
+    before = path.read_bytes()
+    for bit in range(len(before) * 8):
+        changed = bytearray(before)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises(InputError) as caught:
+            Run(run.path)
+        assert caught.value.code in ("E206", "E208")
+
+
+def test_a_start_that_was_killed_can_be_repeated_and_nobody_elses_hidden_files_are_touched(tmp_path):
+    for name in (".tmp-notes.txt", ".del-x"):
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(MachineError):
+        Run.refuse_taken(tmp_path)
+    (tmp_path / ".lock").touch()
+    Run.refuse_taken(tmp_path)
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"3\n", b"[]\n", b'{"step": \n'])
+def test_a_line_of_metrics_that_is_none_is_passed_over(run, line):
+    run.record(step=1)
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(line)
+    run.record(step=2)
+    assert run.metrics() == [{"step": 1}, {"step": 2}]

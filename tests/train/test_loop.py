@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -318,3 +319,59 @@ def test_a_plan_survives_being_written_down(prepared, tmp_path):
     run = train(prepared, tmp_path / "run", steps=2)
     plan = api.plan_from_json(json.loads(json.dumps(run.settings["plan"])))
     assert plan == replace(plan) and plan.steps == 2 and plan.context == 32 and plan.model.max_seq_len == 32
+
+
+def test_a_signal_before_the_first_step_leaves_a_run_that_can_be_resumed(prepared, tmp_path, uninterrupted):
+    events = []
+
+    def tell(event):
+        events.append(event)
+        if isinstance(event, Started):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = train(prepared, tmp_path / "run", tell=tell)
+    assert events[-1].stopped_by == signal.SIGINT and events[-1].step == 0 and run.steps() == []
+    assert final(api.resume(run.path)) == final(uninterrupted)
+
+
+def test_going_on_from_an_older_step_gives_up_the_later_ones(prepared, tmp_path):
+    run = train(prepared, tmp_path / "run")
+    older = run.steps()[0]
+
+    def tell(event):
+        if isinstance(event, Stepped):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    api.resume(run.path, step=older, tell=tell)
+    assert run.steps()[-1] == older + 1 and run.newest_intact() == (older + 1, [])
+
+
+def test_a_step_reached_again_is_saved_though_a_damaged_one_bears_its_number(prepared, tmp_path):
+    run = train(prepared, tmp_path / "run")
+    last, before = run.steps()[-1], run.steps()[-2]
+    (run.folder(last) / "model.safetensors").write_bytes(b"")
+
+    def tell(event):
+        if isinstance(event, Stepped) and event.step == last - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    api.resume(run.path, tell=tell)
+    assert before < last - 1 == run.newest_intact()[0]
+
+
+def test_a_run_may_be_moved_alone_or_together_with_its_data(prepared, tmp_path, uninterrupted):
+    (tmp_path / "a").mkdir()
+    shutil.copytree(prepared, tmp_path / "a" / "ids")
+    with pytest.raises(PulledPlugError):
+        train(tmp_path / "a" / "ids", tmp_path / "a" / "run", tell=stop_at(6))
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(PulledPlugError):
+        api.resume(tmp_path / "b" / "run", tell=stop_at(11))
+    shutil.copytree(tmp_path / "b" / "ids", tmp_path / "a" / "ids")  # back where it was first
+    (tmp_path / "b" / "run").rename(tmp_path / "run")
+    assert final(api.resume(tmp_path / "run")) == final(uninterrupted)
+
+
+def test_metrics_tell_of_many_steps(prepared, tmp_path):
+    run = train(prepared, tmp_path / "run")
+    assert [line["step"] for line in run.metrics() if line["event"] == "step"] == list(range(1, STEPS + 1))

@@ -150,13 +150,13 @@ def test_what_is_no_size_is_refused(text):
 
 OTHER = {
     "context": 48, "batch_size": 3, "accumulation": 2, "learning_rate": 0.0123, "warmup": 0.25, "beta1": 0.8,
-    "beta2": 0.9, "weight_decay": 0.3, "clip": 2.5, "seed": 77, "device": "cpu", "precision": "bfloat16",
+    "beta2": 0.9, "weight_decay": 0.3, "clip": 2.5, "precision": "bfloat16",
     "threads": 1, "evaluations": 3, "evaluation_tokens": 500, "save_every": 11, "save_seconds": 12.5,
 }  # fmt: skip
 
 
 def test_every_setting_of_a_plan_is_tried_here():
-    assert {*OTHER, "model", "steps", "seconds"} == {field.name for field in fields(Plan)}
+    assert {*OTHER, "model", "steps", "seconds", "seed", "device"} == {field.name for field in fields(Plan)}
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -177,6 +177,8 @@ def test_a_setting_reaches_the_plan_as_what_it_is(name, written):
         ({"learnig_rate": 1}, "E101"),
         ({"model": "large"}, "E101"),
         ({"steps": 3}, "E101"),
+        ({"seed": 3}, "E101"),
+        ({"device": "cpu"}, "E101"),
         ({"precision": "float8"}, "E101"),
         ({"batch_size": "four"}, "E102"),
         ({"batch_size": "1.5"}, "E102"),
@@ -189,7 +191,7 @@ def test_a_setting_reaches_the_plan_as_what_it_is(name, written):
         ({"warmup": 1}, "E102"),
         ({"beta2": 1.0}, "E102"),
         ({"clip": -1}, "E102"),
-        ({"seed": -1}, "E102"),
+        ({"threads": 10**6}, "E102"),
         ({"evaluation_tokens": 0}, "E102"),
         ({"save_every": -1}, "E102"),
         ({"threads": 0}, "E102"),
@@ -223,6 +225,8 @@ def test_the_settings_of_the_caller_are_left_as_they_were():
         ({"steps": 0}, "E102"),
         ({"steps": -5}, "E102"),
         ({"device": "abacus"}, "E101"),
+        ({"steps": 5, "seed": -1}, "E102"),
+        ({"steps": 5, "seed": 2**63}, "E102"),
         ({"size": "huge"}, "E102"),
     ],
 )

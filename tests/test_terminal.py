@@ -1,0 +1,99 @@
+"""What a person sees in a real terminal: the live line at several widths, and what happens without a screen."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from babyllama.checkpoint.run import Run
+from babyllama.terminal import command, duration, printable, size
+
+FAST = (
+    "--size 100k --device cpu --set context=32 --set batch_size=4 --set threads=1 --set evaluations=4".split(
+        " "
+    )
+)
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("book") / "book.txt"
+    path.write_text(
+        "".join(f"{i}. There was once a king who had {i} sons.\n\n" for i in range(600)), encoding="utf-8"
+    )
+    return path
+
+
+def seen_in_a_terminal(columns: int, *arguments: str) -> str:
+    """Everything a terminal of this width is sent, without the escape sequences."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "40"}
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "babyllama", *arguments]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        pieces = []
+        try:
+            while piece := os.read(ours, 65536):
+                pieces.append(piece)
+        except OSError:  # Linux says so when the other side is closed
+            pass
+        os.close(ours)
+        assert process.wait(60) == 0
+    return ESCAPE.sub("", b"".join(pieces).decode(errors="replace"))
+
+
+@pytest.mark.parametrize("columns", [60, 80, 140])
+def test_the_live_line_shows_what_there_is_room_for(book, tmp_path, columns):
+    shown = seen_in_a_terminal(
+        columns, "train", str(book), "--out", str(tmp_path / "run"), "--steps", "300", *FAST
+    )
+    lines = [line for line in re.split(r"[\r\n]", shown) if "%" in line and " left" in line]
+    assert lines and all(len(line.rstrip()) <= columns for line in lines)
+    last = lines[-1]
+    assert "loss" in last
+    assert ("bits/byte" in last) is (columns > 60)
+    assert ("tokens/s" in last) is (columns > 60)
+    assert ("iB" in last and "step" in last) is (columns >= 140)
+    assert "reading" not in last
+
+
+def test_a_resumed_run_shows_no_bar_of_a_preparation_that_there_is_not(book, tmp_path):
+    seen_in_a_terminal(80, "train", str(book), "--out", str(tmp_path / "run"), "--steps", "20", *FAST)
+    shown = seen_in_a_terminal(80, "train", "--resume", str(tmp_path / "run"))
+    assert "reading" not in shown and "encoding" not in shown
+
+
+def test_training_goes_on_when_the_screen_goes_away(book, tmp_path):
+    arguments = ["train", str(book), "--out", str(tmp_path / "run"), "--steps", "40", *FAST]
+    with subprocess.Popen(
+        [sys.executable, "-m", "babyllama", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()  # as `| head -1` does
+        said = process.stderr.read().decode()
+        assert process.wait(120) in (0, 141) and "Traceback" not in said and "Exception" not in said
+    assert Run(tmp_path / "run").steps()[-1] == 40
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_training_goes_on_when_the_screen_is_full(book, tmp_path):
+    arguments = ["train", str(book), "--out", str(tmp_path / "run"), "--steps", "40", *FAST]
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        subprocess.run([sys.executable, "-m", "babyllama", *arguments], stdout=full, stderr=full, check=False)
+    assert Run(tmp_path / "run").steps()[-1] == 40
+
+
+def test_figures_read_as_a_person_would_write_them():
+    assert (duration(125), duration(3725), duration(float("inf"))) == ("2:05", "1:02:05", "?")
+    assert (size(512), size(1536), size(3 * 2**30)) == ("512 bytes", "1.5 KiB", "3.0 GiB")
+    assert command("babyllama", "generate", "a b", 3) == "babyllama generate 'a b' 3"
+    assert printable("a\x1b[1m\x07\n\t€") == "a␛[1m␇\n\t€"
