@@ -222,8 +222,6 @@ def test_nothing_is_swept_from_a_folder_that_is_none_of_ours(tmp_path, refused, 
         ["--device", "cpu"],
         ["--vocab-size", "300"],
         ["--encoding", "utf-8"],
-    ]
-    + [
         ["--field", "text"],
         ["--set", "warmup=0"],
         ["--out", "x"],

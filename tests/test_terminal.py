@@ -12,11 +12,8 @@ import pytest
 from babyllama.checkpoint.run import Run
 from babyllama.terminal import command, duration, printable, size
 
-FAST = (
-    "--size 100k --device cpu --set context=32 --set batch_size=4 --set threads=1 --set evaluations=4".split(
-        " "
-    )
-)
+FAST = ["--size", "100k", "--device", "cpu", "--set", "context=32", "--set", "batch_size=4"]
+FAST += ["--set", "threads=1", "--set", "evaluations=4"]
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
