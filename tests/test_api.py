@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import babyllama
 from babyllama import api, machine
 from babyllama.api import LoadedLlama, Planned, load, load_config
+from babyllama.checkpoint.folder import verify_folder
 from babyllama.checkpoint.hf import build, model_files
 from babyllama.checkpoint.run import Run
 from babyllama.errors import BabyLlamaError, InputError, NumericalError, UsageError
@@ -218,7 +220,8 @@ def test_nothing_of_a_stop_string_is_ever_shown(llama, monkeypatch):
         pieces = list(llama.stream("", stop=stop))
         assert "".join(pieces) == TEXT[: TEXT.index(stop)]
     assert llama.generate("", stop=("tree", "king", "nowhere")) == TEXT[: TEXT.index("king")]
-    assert llama.generate("", stop="never said") == TEXT, "and nothing is held back at the end"
+    for stop in ("never said", ".\nNever said"):
+        assert llama.generate("", stop=stop) == TEXT, "and nothing is held back at the end"
     refused("E102", llama.generate, "", stop="")
 
 
@@ -345,6 +348,43 @@ def test_a_device_that_computes_wrongly_is_not_trained_on(monkeypatch):
         api.check_device("cuda")
     assert caught.value.code == "E503" and "--device cpu" in caught.value.fix
     api.check_device("cpu")  # with which the others are compared
+
+
+# ---- on the disk ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_the_disk(monkeypatch):
+    """The inodes of the files and folders that were waited for, in order."""
+    waited, fsync = [], os.fsync
+
+    def watched(handle):
+        waited.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    monkeypatch.setattr("babyllama.checkpoint.folder.os.fsync", watched)
+    return waited
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows names no inodes")
+def test_a_step_gets_its_name_only_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch, on_the_disk):
+    run, seen, rename = Run.create(tmp_path / "run", {}), [], Path.rename
+
+    def watched(self, target):
+        verify_folder(self)
+        assert {path.stat().st_ino for path in (self, *self.iterdir())} <= set(on_the_disk)
+        seen.append(Path(target).name)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    run.save(7, {"model.safetensors": b"1" * 1000}, {"step": 7})
+    assert seen == ["step-00000007"] and on_the_disk[-1] == run.path.stat().st_ino, "the name too"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows names no inodes")
+def test_a_run_begins_with_a_file_that_is_on_the_disk(tmp_path, on_the_disk):
+    run = Run.create(tmp_path / "run", {})
+    assert on_the_disk[-2:] == [path.stat().st_ino for path in (run.path / "run.json", run.path)]
 
 
 # ---- the package ---------------------------------------------------------------------------------

@@ -263,6 +263,17 @@ def test_a_run_does_not_go_on_with_another_text_prepared_in_the_same_place(texts
     assert caught.value.code == "E307"
 
 
+def test_a_step_asked_for_whose_memory_is_damaged_by_one_bit_is_refused(prepared, tmp_path):
+    run = train(prepared, tmp_path / "run")
+    path = run.folder(4) / "optim.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        api.resume(run.path, step=4)
+    assert caught.value.code == "E204"
+
+
 def test_a_saved_step_without_all_of_the_memory_is_not_gone_on_from(prepared, tmp_path):
     run = train(prepared, tmp_path / "run", steps=2)
     path = run.folder(2) / "optim.safetensors"
