@@ -113,7 +113,7 @@ MUTANTS = [
            "for id in (tokenizer.bos_id, *document[:20], tokenizer.eos_id)",
            "data/test_corpus.py::test_every_document_is_on_one_side_whole_with_its_ends"),
     Mutant("S11 the split is drawn anew each time", "data/corpus.py",
-           "cls(seed=seed), 0", "cls(seed=__import__("random").getrandbits(32)), 0",
+           "cls(seed=seed), 0", 'cls(seed=__import__("random").getrandbits(32)), 0',
            "data/test_corpus.py::test_the_split_is_stable_and_another_seed_gives_another"),
     Mutant("S11 validation texts are trained on as well", "data/corpus.py",
            "waiting[name].append(document.text)",
