@@ -83,7 +83,7 @@ def train(
         Run.refuse_taken(out)  # before a lock is left in a folder that is none of ours
     with locked(out):
         Run.refuse_taken(out)
-        if (Path(text) / "corpus.json").is_file():
+        if Corpus.stands_in(Path(text)):
             if vocab_size is not None:
                 found = "was prepared with a vocabulary of its own"
                 raise UsageError("E103", "--vocab-size", found, "leave it out, or train on the text itself")
@@ -139,7 +139,7 @@ def resume(
         run = Run(Path(path))
         chosen = plan_from_json(run.settings["plan"])
         places = [run.path / place for place in run.settings["data"]]  # an absolute path stays what it is
-        data = next((place for place in places if (place / "corpus.json").is_file()), places[0])
+        data = next((place for place in places if Corpus.stands_in(place)), places[0])
         corpus = Corpus.open(data)
         if corpus.fingerprint != run.settings["fingerprint"]:
             fix = "restore the data, or start a new run"

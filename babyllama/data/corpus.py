@@ -1,13 +1,14 @@
 """Documents -> training and validation split -> token ids on disk.
 
 A prepared folder holds train.bin and val.bin (token ids, little-endian, each document as BOS, its ids, EOS), the
-tokenizer's files, and corpus.json, which says how it was made and holds the size and sha256 of every other file.
+tokenizer's files, and manifest.json, which says how it was made and holds the size and sha256 of every other file.
 """
 
 import hashlib
 import json
 import os
-import secrets
+import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,21 +18,31 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from babyllama.checkpoint.folder import file_sha256, refused, sync
+from babyllama.checkpoint.folder import MANIFEST, new_folder, read_sealed, refused, verify_folder
 from babyllama.data import library
-from babyllama.data.documents import PIECE, Document, Reading, cut, find_files, read_file
+from babyllama.data.documents import (
+    PIECE,
+    PREPARED,
+    Document,
+    Reading,
+    cut,
+    find_files,
+    read_file,
+    what_we_wrote,
+)
 from babyllama.errors import InputError, MachineError, UsageError
 from babyllama.text.tokenizer import Tokenizer
 
-FORMAT = 1  # of the prepared folder
 SMALLEST_DEFAULT = 320  # ids; the smallest vocabulary that is chosen by itself
 TOKENIZER_SAMPLE = 100 * 2**20  # bytes of text that a tokenizer is trained on, at most
 SHORTEST_PIECE = 256  # characters, when few documents have to be cut to be split
 BATCH = 2**20  # characters encoded at a time
-# What corpus.json must say of the data before they can be opened.
-TOLD = {"source", "tokenizer_sha256", "vocab_size", "duplicates", "skipped", "files"}
+# What the manifest tells of the data, under the names of Corpus.
+TOLD = ("train_documents", "val_documents", "train_bytes", "val_bytes")
+TOLD += ("duplicates", "skipped", "characters_replaced", "source")
 
 Progress = Callable[[str, int, int], None]
 """(stage, bytes done, bytes in all or 0 if unknown); the stages are "reading", "tokenizer" and "encoding"."""
@@ -41,8 +52,11 @@ Progress = Callable[[str, int, int], None]
 class Corpus:
     """A prepared folder, verified. `train_ids` and `val_ids` are mapped from the disk, read-only.
 
-    *_bytes      UTF-8 bytes of the text itself: what bits per byte are counted in. Tokens include BOS and EOS.
-    fingerprint  names these ids with this tokenizer, wherever the folder lies.
+    *_bytes              UTF-8 bytes of the text itself: what bits per byte are counted in.
+    duplicates           documents left out because an equal one is there.
+    skipped              files left out of a folder, by reason.
+    characters_replaced  those that are U+FFFD, when bytes that are no text were let through.
+    fingerprint          names these ids with this tokenizer, wherever the folder lies.
     """
 
     folder: Path
@@ -55,6 +69,7 @@ class Corpus:
     val_bytes: int
     duplicates: int
     skipped: dict[str, int]
+    characters_replaced: int
     source: str
     fingerprint: str
 
@@ -62,13 +77,10 @@ class Corpus:
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
-    @property
-    def train_tokens(self) -> int:
-        return len(self.train_ids)
-
-    @property
-    def val_tokens(self) -> int:
-        return len(self.val_ids)
+    @staticmethod
+    def stands_in(folder: str | Path) -> bool:
+        """Whether there are prepared data in `folder`, intact or not. Cheap; `open` looks closer."""
+        return what_we_wrote(Path(folder)) == "prepared data"
 
     @classmethod
     def open(cls, folder: str | Path) -> "Corpus":
@@ -78,28 +90,26 @@ class Corpus:
         does not have); MachineError E403.
         """
         folder = Path(folder)
-        about, train, val = _read_about(folder)
-        with _coded(folder):
-            for name, expected in about["files"].items():
-                _check_file(folder / name, expected)
+        if not cls.stands_in(folder):
+            raise InputError("E307", folder, "holds no prepared data", _again(folder))
+        try:
+            with _coded(folder):
+                manifest = verify_folder(folder)
+            told = {name: manifest[name] for name in TOLD}
+        except InputError as error:
+            if error.code == "E208":
+                raise
+            raise InputError("E307", error.where, error.found, _again(folder)) from None
+        except KeyError as error:
+            raise InputError("E307", folder / MANIFEST, f"does not tell {error}", _again(folder)) from None
         tokenizer = Tokenizer.load(folder)
-        if (tokenizer.sha256, tokenizer.vocab_size) != (about["tokenizer_sha256"], about["vocab_size"]):
-            raise InputError(
-                "E309", folder, "was encoded with another tokenizer than lies in it", _again(folder)
-            )
         return cls(
             folder=folder,
             tokenizer=tokenizer,
-            train_ids=_map_ids(folder / "train.bin", train.tokens, tokenizer),
-            val_ids=_map_ids(folder / "val.bin", val.tokens, tokenizer),
-            train_documents=train.documents,
-            val_documents=val.documents,
-            train_bytes=train.bytes,
-            val_bytes=val.bytes,
-            duplicates=about["duplicates"],
-            skipped=about["skipped"],
-            source=about["source"],
-            fingerprint=about["fingerprint"],
+            train_ids=_map_ids(folder / "train.bin", tokenizer),
+            val_ids=_map_ids(folder / "val.bin", tokenizer),
+            fingerprint=hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest(),
+            **told,
         )
 
 
@@ -125,7 +135,7 @@ def prepare(
     val_fraction  share of the bytes that is held out, in (0, 0.5].
     seed          of the split, which depends on nothing else but the documents: not on names, not on order.
     field, encoding, on_bad_text  see `Reading`.
-    overwrite     replace what an earlier preparation left in `out` (never anything else).
+    overwrite     replace what an earlier preparation left in `out`; a folder that holds anything else is refused.
 
     Exact duplicates are removed first. Whole documents go to one side, unless there are so few that the share
     could not be met: then all are cut at paragraphs. The source is read three times and never held in memory;
@@ -144,9 +154,11 @@ def prepare(
             "E103", "vocab_size", "a tokenizer was given too, which has its own", "give only one of them"
         )
     out = Path(out)
-    _refuse(out, overwrite)
+    if out.is_symlink():
+        out = out.resolve()
+    _taken(out, overwrite)
     reading = Reading(field=field, encoding=encoding, on_bad_text=on_bad_text)
-    texts = _open(source, reading)
+    texts = _open(source, out, reading)
     report = progress or (lambda stage, done, total: None)
 
     index = _Index.of(texts, seed, report)
@@ -170,33 +182,29 @@ def prepare(
         size = default_vocab_size(train_bytes) if vocab_size is None else vocab_size
         tokenizer = Tokenizer.train(documents, size, exact=vocab_size is not None)
 
-    made = out.with_name(f".tmp-{out.name}-{secrets.token_hex(6)}")
-    try:
-        with _coded(out):
-            made.mkdir(parents=True)
-            sides = _encode(texts, index, validation, tokenizer, made, report)
-            for name, data in tokenizer.files().items():
-                (made / name).write_bytes(data)
-            # The other files name one token that ends a text; a tokenizer may know several.
-            ends = [tokenizer.eos_id, *sorted(tokenizer.eos_ids - {tokenizer.eos_id})]
-            ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
-            (made / "generation_config.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
-            about = {
-                "source": texts.label,
-                "seed": seed,
-                "val_fraction": val_fraction,
-                "reading": asdict(reading),
-                "tokenizer_sha256": tokenizer.sha256,
-                "vocab_size": tokenizer.vocab_size,
-                **{name: asdict(side) for name, side in sides.items()},
-                "duplicates": index.duplicates,
-                "characters_replaced": index.replaced if on_bad_text == "replace" else 0,
-                "skipped": dict(sorted(texts.skipped.items())),
-            }
-            _write_about(made, about)
-            _publish(made, out, overwrite)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)  # nothing is left there after success
+    facts: dict[str, Any] = {**PREPARED}
+    with _coded(out), _alone(out), new_folder(out, facts) as folder:
+        counted = _encode(texts, index, validation, tokenizer, folder, report)
+        for name, data in tokenizer.files().items():
+            (folder / name).write_bytes(data)
+        # The other files name one token that ends a text; a tokenizer may know several.
+        ends = [tokenizer.eos_id, *sorted(tokenizer.eos_ids - {tokenizer.eos_id})]
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
+        (folder / "generation_config.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
+        facts |= {
+            "source": texts.label,
+            "seed": seed,
+            "val_fraction": val_fraction,
+            "reading": asdict(reading),
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": _dtype(tokenizer.vocab_size).str,
+            **counted,
+            "duplicates": index.duplicates,
+            "characters_replaced": index.replaced if on_bad_text == "replace" else 0,
+            "skipped": dict(sorted(texts.skipped.items())),
+        }
+        if _taken(out, overwrite):
+            out.rename(_aside(out))
     return Corpus.open(out)
 
 
@@ -234,16 +242,22 @@ class _Source:
         return _Source(label=self.label, read=read, size=self.size, skipped=self.skipped)
 
 
-def _open(source: str | Path, reading: Reading) -> _Source:
-    label = str(source)
+def _open(source: str | Path, out: Path, reading: Reading) -> _Source:
+    """Raises E103 when the name of a text is that of a file here too, or when `out` is or holds the source; E301,
+    E305, E308, E403."""
+    label, path = str(source), Path(source)
     if isinstance(source, str) and (source in library.NAMES or source.startswith("hub:")):
+        if path.exists():
+            fix = f"give the one that lies here by its path:  {shlex.quote('./' + source)}"
+            raise UsageError("E103", source, "is the name of a text, and of a file or folder here", fix)
         return _Source(label=label, read=lambda: library.named(source, reading))
-    path = Path(source)
     if not path.exists() and not path.is_symlink():
         raise library.unknown(label)
+    if out.resolve() in (place := path.resolve(), *place.parents):
+        raise UsageError("E103", "--out", f"{out} holds the text itself", "choose another folder:  --out DIR")
     files, skipped = find_files(path, reading)
     if not files:
-        left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items())) or "it is empty"
+        left_out = ", ".join(f"{n} × {reason}" for reason, n in sorted(skipped.items())) or "it is empty"
         raise InputError(
             "E301", path, f"no text files in it ({left_out})", "put .txt, .md, .jsonl or code files there"
         )
@@ -353,13 +367,6 @@ def _tokenizer_texts(
 # Writing and checking a prepared folder.
 
 
-@dataclass(kw_only=True)
-class _Side:
-    documents: int = 0
-    bytes: int = 0
-    tokens: int = 0
-
-
 def _dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
@@ -379,94 +386,38 @@ def _encode(
     tokenizer: Tokenizer,
     folder: Path,
     report: Progress,
-) -> dict[str, _Side]:
-    """Write train.bin and val.bin, in the order of the source."""
-    sides = {"train": _Side(), "val": _Side()}
+) -> dict[str, int]:
+    """Write train.bin and val.bin, in the order of the source; the counts of Corpus of both."""
+    counted = Counter[str]()
     waiting: dict[str, list[str]] = {"train": [], "val": []}
     characters = Counter[str]()
     with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
         files: dict[str, BinaryIO] = {"train": train, "val": val}
 
         def write(name: str) -> None:
-            data = _pack(tokenizer.encode_batch(waiting[name]), tokenizer)
-            files[name].write(data)
-            sides[name].tokens += len(data) // _dtype(tokenizer.vocab_size).itemsize
+            files[name].write(_pack(tokenizer.encode_batch(waiting[name]), tokenizer))
             waiting[name].clear()
             characters[name] = 0
 
         for key, document, size in index.distinct(texts, "encoding", report):
             name = "val" if key in validation else "train"
-            sides[name].documents += 1
-            sides[name].bytes += size
+            counted[f"{name}_documents"] += 1
+            counted[f"{name}_bytes"] += size
             waiting[name].append(document.text)
             characters[name] += len(document.text)
             if characters[name] >= BATCH:
                 write(name)
-        for name in sides:
+        for name in files:
             write(name)
-    return sides
+    return dict(counted)
 
 
-def _write_about(folder: Path, about: dict[str, Any]) -> None:
-    """corpus.json, last: it vouches for every other file of the folder, and its fingerprint for itself."""
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != "corpus.json"
-    }
-    about = {
-        "format": FORMAT,
-        **about,
-        "dtype": _dtype(about["vocab_size"]).name,
-        "byte_order": "little",
-        "files": files,
-    }
-    about["fingerprint"] = _fingerprint(about)
-    (folder / "corpus.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def _fingerprint(about: dict[str, Any]) -> str:
-    """sha256 of what corpus.json says, except for the path of the source."""
-    told = {key: value for key, value in about.items() if key not in ("source", "fingerprint")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _read_about(folder: Path) -> tuple[dict[str, Any], _Side, _Side]:
-    """corpus.json, and what it says of the two sides. Raises E307, E208."""
-    path = folder / "corpus.json"
-    if not path.is_file():
-        raise InputError("E307", folder, "holds no prepared data (no corpus.json)", _again(folder))
-    about, newer = {}, False
-    try:
-        with _coded(path):
-            about = json.loads(path.read_bytes())
-        newer = about["format"] > FORMAT
-        if not newer and about["fingerprint"] == _fingerprint(about) and about.keys() >= TOLD:
-            return about, _Side(**about["train"]), _Side(**about["val"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        pass  # it is not what was written
-    if newer:
-        found = f"prepared data of format {about['format']}, this version reads up to {FORMAT}"
-        raise InputError("E208", path, found, "update:  pip install --upgrade baby-llama")
-    raise InputError("E307", path, "was changed or damaged", _again(folder))
-
-
-def _check_file(path: Path, expected: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise InputError("E307", path, "is missing", _again(path.parent))
-    if (size := path.stat().st_size) != expected["size"]:
-        raise InputError("E307", path, f"has {size} bytes, expected {expected['size']}", _again(path.parent))
-    if file_sha256(path) != expected["sha256"]:
-        raise InputError("E307", path, "sha256 differs from corpus.json (file damaged)", _again(path.parent))
-
-
-def _map_ids(path: Path, tokens: int, tokenizer: Tokenizer) -> NDArray[Any]:
-    """The ids of a file. Raises E307 unless there are so many, E309 unless all are in the vocabulary."""
+def _map_ids(path: Path, tokenizer: Tokenizer) -> NDArray[Any]:
+    """The ids of a file. Raises E307 unless there are some, E309 unless all are in the vocabulary."""
     dtype = _dtype(tokenizer.vocab_size)
-    if tokens < 1 or path.stat().st_size != tokens * dtype.itemsize:
-        raise InputError(
-            "E307", path, f"does not hold the {tokens} tokens of corpus.json", _again(path.parent)
-        )
+    size = path.stat().st_size
+    if not size or size % dtype.itemsize:
+        raise InputError("E307", path, f"its {size} bytes are no ids", _again(path.parent))
     ids = np.memmap(path, dtype=dtype, mode="r")
     for start in range(0, len(ids), BATCH):
         part = ids[start : start + BATCH]
@@ -478,51 +429,83 @@ def _map_ids(path: Path, tokens: int, tokenizer: Tokenizer) -> NDArray[Any]:
 
 
 def _again(folder: Path) -> str:
-    return f"prepare the text again:  babyllama data TEXT --out {folder} --overwrite"
-
-
-def _refuse(out: Path, overwrite: bool) -> None:
-    """Raises E403 unless `out` is free, or holds prepared data that may be replaced."""
-    with _coded(out):
-        if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
-            return
-        if not (out / "corpus.json").is_file():
-            raise MachineError(
-                "E403", out, "exists, and is no prepared data", "choose another folder:  --out DIR"
-            )
-        if not overwrite:
-            raise MachineError(
-                "E403", out, "holds prepared data", "replace it with --overwrite, or choose another --out"
-            )
-
-
-def _publish(made: Path, out: Path, overwrite: bool) -> None:
-    """Put everything on the disk, then give the folder its name: of two preparations one wins, whole."""
-    for path in made.iterdir():
-        sync(path)
-    sync(made)
-    _refuse(out, overwrite)  # as late as possible; the rename below decides
-    old = None
-    if overwrite and out.is_dir():
-        old = out.with_name(f".del-{out.name}-{secrets.token_hex(6)}")
-        out.rename(old)
-    elif os.name == "nt":
-        with suppress(OSError):
-            out.rmdir()  # Windows renames onto nothing, not even onto an empty folder
+    """The remedy, which works as it is printed."""
     try:
-        made.rename(out)
-    except OSError:
-        if old:
-            with suppress(OSError):
-                old.rename(out)
-        elif os.path.lexists(out):
-            found = "another preparation finished there first"
-            raise MachineError("E403", out, found, "use what it made, or choose another --out") from None
-        raise
+        _taken(folder, overwrite=True)
+        return f"prepare the text again:  babyllama data TEXT --out {shlex.quote(str(folder))} --overwrite"
+    except MachineError:
+        return "prepare the text again, in another folder:  babyllama data TEXT --out DIR"
+
+
+def _taken(out: Path, overwrite: bool) -> bool:
+    """Whether something that may be replaced stands at `out`: an empty folder, or files that `prepare` wrote and
+    their manifest vouches for. Raises E403 when it is anything else, or may not be replaced."""
+    with _coded(out):
+        if not os.path.lexists(out):
+            return False
+        names = _written(out)
+        others = {each.name for each in out.iterdir()} - names if out.is_dir() else {out.name}
+    if others:
+        found = f"holds prepared data and {min(others)}, which is not part of them"
+        fix = "choose another folder:  --out DIR"
+        raise MachineError("E403", out, found if names else "exists, and is no prepared data", fix)
+    if names and not overwrite:
+        fix = "replace it with --overwrite, or choose another --out"
+        raise MachineError("E403", out, "holds prepared data", fix)
+    return True
+
+
+def _written(folder: Path) -> set[str]:
+    """The names of the files that `prepare` wrote to `folder`; none when its manifest is not intact."""
+    if Corpus.stands_in(folder):
+        with suppress(InputError, KeyError, TypeError):
+            return {*read_sealed(folder / MANIFEST)["files"], MANIFEST}
+    return set()
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the place of `out`, tidied up before and after. Raises E403 when another preparation holds it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.parent / f".tmp-{out.name}.lock"
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        found, fix = "is being written by another preparation", "wait for it, or choose another --out"
+        raise MachineError("E403", out, found, fix) from None
+    try:
+        _tidy(out)
+        yield
     finally:
-        if old:
-            shutil.rmtree(old, ignore_errors=True)
-    sync(out.parent)
+        with suppress(OSError):
+            _tidy(out)
+        with suppress(OSError):
+            path.unlink()
+        lock.release()
+
+
+def _aside(out: Path) -> Path:
+    """Where prepared data wait for others to take their place."""
+    return out.parent / f".del-{out.name}"
+
+
+def _tidy(out: Path) -> None:
+    """Finish what a preparation that failed or was killed left beside `out`; what it was to replace comes back."""
+    aside = _aside(out)
+    if aside.is_dir() and not os.path.lexists(out):
+        aside.rename(out)
+    elif aside.is_dir():
+        names = _written(aside)
+        for path in sorted(
+            aside.iterdir(), key=lambda each: each.name == MANIFEST
+        ):  # last: it knows the others
+            if path.name in names:
+                path.unlink()
+        aside.rmdir()  # not if something of the user's is in it
+    for path in out.parent.iterdir():
+        if re.fullmatch(rf"\.tmp-{re.escape(out.name)}-\d+", path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

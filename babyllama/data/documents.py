@@ -6,13 +6,16 @@ import io
 import json
 import os
 import re
+import shlex
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from babyllama.checkpoint.folder import LARGEST_JSON, MANIFEST, SEAL
 from babyllama.errors import InputError, MachineError, UsageError
 
 LONG_FILE = 64 * 2**10  # bytes; a longer text file is cut into pieces, so that one file can be split
@@ -41,6 +44,8 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+PREPARED = {"kind": "data"}  # what the manifest says of prepared data and of no other folder
+OURS = {"a run": ("run.json", SEAL), "prepared data": (MANIFEST, json.dumps(PREPARED)[1:-1])}
 
 
 class Document(NamedTuple):
@@ -89,8 +94,9 @@ class Reading:
 def find_files(path: Path, reading: Reading) -> tuple[list[Path], Counter[str]]:
     """The files to read at path, in the order of their names, and what was left out, counted by reason.
 
-    In a folder, hidden files, links to folders, other kinds of file and what is no regular file are left out. A
-    path that is itself such a thing is an error. Nothing is opened that could block.
+    In a folder, hidden files, links to folders, other kinds of file and what is no regular file are left out, and
+    with all that is in them runs and prepared data. A path that is itself such a file is an error. Nothing is opened
+    that could block.
 
     Raises InputError E305 for a binary file or something that is no file; MachineError E403.
     """
@@ -113,6 +119,10 @@ def find_files(path: Path, reading: Reading) -> tuple[list[Path], Counter[str]]:
     files: list[Path] = []
     skipped: Counter[str] = Counter()
     for folder, folders, names in os.walk(path, onerror=lambda _: skipped.update(["unreadable"])):
+        if ours := what_we_wrote(Path(folder)):
+            skipped[ours] += 1
+            folders.clear()
+            continue
         skipped["hidden"] += sum(name.startswith(".") for name in folders + names)
         links = [name for name in folders if not name.startswith(".") and Path(folder, name).is_symlink()]
         skipped["link to a folder"] += len(links)
@@ -124,6 +134,17 @@ def find_files(path: Path, reading: Reading) -> tuple[list[Path], Counter[str]]:
             else:
                 files.append(file)
     return files, +skipped
+
+
+def what_we_wrote(folder: Path) -> str | None:
+    """Which of OURS a folder is, intact or not, by the mark in one file; None for a folder of the user's."""
+    for ours, (name, mark) in OURS.items():
+        with suppress(OSError):
+            if (folder / name).is_file():
+                with (folder / name).open("rb") as file:
+                    if mark.encode() in file.read(LARGEST_JSON):
+                        return ours
+    return None
 
 
 def _why_not(file: Path, reading: Reading) -> str | None:
@@ -158,7 +179,10 @@ def _binary(file: Path, reading: Reading) -> str | None:
 
 def _unreadable(path: Path, error: OSError) -> MachineError:
     return MachineError(
-        "E403", path, f"cannot be read: {error.strerror}", f"check that you may read it:  ls -l {path}"
+        "E403",
+        path,
+        f"cannot be read: {error.strerror}",
+        f"check that you may read it:  ls -l {shlex.quote(str(path))}",
     )
 
 
@@ -280,7 +304,7 @@ def _parquet(file: Path, reading: Reading) -> Iterator[Document]:
         parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise MachineError(
-            "E406", file, "parquet files need the library pyarrow", 'pip install "baby-llama[parquet]"'
+            "E406", file, "parquet files need the library pyarrow", "pip install pyarrow"
         ) from None
     try:
         with parquet.ParquetFile(file) as opened:
@@ -301,11 +325,16 @@ def _parquet(file: Path, reading: Reading) -> Iterator[Document]:
 def text_of(value: object, fields: Iterable[str], where: str, reading: Reading) -> str:
     """value, a text, with \\n line ends and without the lone surrogates that JSON can spell and UTF-8 cannot.
 
+    fields  the names of the row it comes from, or the row itself: the error proposes those that hold a text.
+
     Raises InputError E306 for another type, E302 for surrogates.
     """
     if not isinstance(value, str):
         found = f"has no text in the field {reading.field!r}; its fields are {', '.join(fields)}"
-        raise InputError("E306", where, found, "name the field that holds the text:  --field NAME")
+        texts = [name for name in fields if not isinstance(fields, Mapping) or isinstance(fields[name], str)]
+        flags = [f"--field {shlex.quote(name)}" for name in texts if name != reading.field]
+        fix = f"name the field that holds the text:  {'   or  '.join(flags)}"
+        raise InputError("E306", where, found, fix if flags else "correct or delete this row")
     text = value.replace("\r\n", "\n").replace("\r", "\n")
     if not text.isascii() and (bad := re.search("[\ud800-\udfff]", text)):
         if reading.on_bad_text == "error":

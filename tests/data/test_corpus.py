@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from babyllama.checkpoint import folder as folders
+from babyllama.checkpoint.folder import read_sealed, sealed, write_folder
 from babyllama.data import corpus as corpus_module
 from babyllama.data import documents
 from babyllama.data.corpus import Corpus, default_vocab_size, prepare
@@ -61,6 +63,10 @@ def _documents(corpus: Corpus, side: str) -> list[str]:
     return [corpus.tokenizer.decode(ids[a + 1 : b].tolist()) for a, b in zip(starts, ends, strict=True)]
 
 
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def _raises(code: str, call) -> BabyLlamaError:
     with pytest.raises(BabyLlamaError) as error:
         call()
@@ -100,7 +106,6 @@ def test_every_document_is_on_one_side_whole_with_its_ends(tales: Corpus) -> Non
     assert [tales.train_bytes, tales.val_bytes] == [
         sum(len(text.encode()) for text in side) for side in sides
     ]
-    assert [tales.train_tokens, tales.val_tokens] == [len(tales.train_ids), len(tales.val_ids)]
 
 
 def test_validation_has_its_share_of_the_bytes(tales: Corpus) -> None:
@@ -303,9 +308,7 @@ def test_bad_bytes_are_e302_and_can_be_replaced(tmp_path: Path) -> None:
     error = _raises("E302", lambda: prepare(source, tmp_path / "out"))
     assert error.where.endswith("bad.txt:2")
     assert not (tmp_path / "out").exists()
-    prepare(source, tmp_path / "out", on_bad_text="replace")
-    about = json.loads((tmp_path / "out" / "corpus.json").read_text(encoding="utf-8"))
-    assert about["characters_replaced"] == 2
+    assert prepare(source, tmp_path / "out", on_bad_text="replace").characters_replaced == 2
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 0.51, 1.0, float("nan")])
@@ -347,7 +350,7 @@ def test_existing_data_is_e403_unless_overwritten(made: Path, tmp_path: Path) ->
     assert "--overwrite" in error.fix
     assert Corpus.open(made).fingerprint == before
     assert prepare(source, made, overwrite=True).fingerprint != before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source of made", "tales"]
+    assert _names(tmp_path) == ["made", "source of made", "tales"]
 
 
 def test_what_is_no_prepared_data_is_never_overwritten(tmp_path: Path) -> None:
@@ -365,32 +368,138 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     prepare(_folder(tmp_path, [_tale(n) for n in range(30)]), tmp_path / "out")
 
 
-def test_a_preparation_that_appears_at_the_last_moment_stays(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = _folder(tmp_path, [_tale(n) for n in range(100, 130)])
-    before = Corpus.open(made).fingerprint
-    monkeypatch.setattr(
-        corpus_module, "_refuse", lambda out, overwrite: None
-    )  # it looked, and saw nothing yet
-    _raises("E403", lambda: prepare(source, made))
-    assert Corpus.open(made).fingerprint == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source of made", "tales"]
-
-
-def test_of_two_preparations_at_once_one_wins_whole(tmp_path: Path) -> None:
-    slow = _folder(tmp_path, [_tale(n) for n in range(30)], "slow")
-    quick = _folder(tmp_path, [_tale(n) for n in range(100, 130)], "quick")
+def test_what_appears_at_the_last_moment_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _folder(tmp_path, [_tale(n) for n in range(30)])
     out = tmp_path / "out"
-    winner: list[Corpus] = []
+    looks: list[bool] = []
 
-    def overtake(stage: str, done: int, total: int) -> None:
-        if stage == "encoding" and not winner:
-            winner.append(prepare(quick, out))
+    def looked(out: Path, overwrite: bool) -> bool:
+        looks.append(taken(out, overwrite))
+        if len(looks) == 2:  # the last look, and only now somebody comes
+            out.mkdir()
+            (out / "thesis.txt").write_text("mine", encoding="utf-8")
+        return looks[-1]
 
-    _raises("E403", lambda: prepare(slow, out, progress=overtake))
-    assert Corpus.open(out).fingerprint == winner[0].fingerprint
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "quick", "slow"]
+    taken = corpus_module._taken
+    monkeypatch.setattr(corpus_module, "_taken", looked)
+    _raises("E403", lambda: prepare(source, out, overwrite=True))
+    assert looks == [False, False]
+    assert _names(out) == ["thesis.txt"]
+    assert _names(tmp_path) == ["out", "tales"]
+
+
+@pytest.mark.parametrize("stage", ["reading", "tokenizer", "encoding"])
+def test_of_two_preparations_at_once_one_wins_whole(tmp_path: Path, stage: str) -> None:
+    first = _folder(tmp_path, [_tale(n) for n in range(30)], "first")
+    second = _folder(tmp_path, [_tale(n) for n in range(100, 130)], "second")
+    out = tmp_path / "out"
+    second_won = stage != "encoding"  # by then the first one writes, and holds the place
+    outcomes: list[object] = []
+
+    def overtake(now: str, done: int, total: int) -> None:
+        if now == stage and not outcomes:
+            outcomes.append("begun")
+            if second_won:
+                outcomes.append(prepare(second, out).fingerprint)
+            else:
+                outcomes.append(_raises("E403", lambda: prepare(second, out)).found)
+
+    if second_won:
+        _raises("E403", lambda: prepare(first, out, progress=overtake))
+        assert Corpus.open(out).fingerprint == outcomes[1]
+    else:
+        prepare(first, out, progress=overtake)
+        assert "another preparation" in str(outcomes[1])
+        assert set(_documents(Corpus.open(out), "val")) < {_tale(n) for n in range(30)}
+    assert _names(tmp_path) == ["first", "out", "second"]
+
+
+# Nothing of the user's is ever removed.
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", ".notes", "sub/deep.txt", "corpus.json"])
+def test_prepared_data_with_a_file_of_the_user_are_never_overwritten(made: Path, name: str) -> None:
+    (made / name).parent.mkdir(exist_ok=True)
+    (made / name).write_text("mine", encoding="utf-8")
+    source = _folder(made.parent, [_tale(n) for n in range(100, 130)])
+    before = Corpus.open(made).fingerprint
+    error = _raises("E403", lambda: prepare(source, made, overwrite=True))
+    assert name.partition("/")[0] in error.found
+    assert (made / name).read_text(encoding="utf-8") == "mine"
+    assert Corpus.open(made).fingerprint == before
+
+
+def test_files_that_merely_have_the_names_of_prepared_data_are_never_overwritten(made: Path) -> None:
+    (made / "manifest.json").write_text('{"kind": "data", "files": {"train.bin": {}}}', encoding="utf-8")
+    before = _names(made)
+    _raises("E403", lambda: prepare(made.parent / "source of made", made, overwrite=True))
+    (made / "manifest.json").unlink()
+    _raises("E403", lambda: prepare(made.parent / "source of made", made, overwrite=True))
+    assert _names(made) == [name for name in before if name != "manifest.json"]
+
+
+def test_a_file_that_comes_while_data_are_replaced_stays(made: Path) -> None:
+    source = _folder(made.parent, [_tale(n) for n in range(100, 130)])
+    rename = Path.rename
+
+    def put_something_in(self: Path, target: Path) -> Path:
+        if self == made:
+            (made / "thesis.txt").write_text("mine", encoding="utf-8")
+        return rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", put_something_in)
+        prepare(source, made, overwrite=True)
+    assert "TALE 1" in "".join(_documents(Corpus.open(made), "train"))
+    assert _names(made.with_name(".del-made")) == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_text_is_never_written_over_by_its_own_ids(made: Path, overwrite: bool) -> None:
+    (made / "book.txt").write_text("mine", encoding="utf-8")
+    (made.parent / "link").symlink_to(made)
+    for source in (made, made / "book.txt", made / ".." / "made", made.parent / "link"):
+        with pytest.raises(BabyLlamaError) as error:
+            prepare(source, made, overwrite=overwrite)
+        assert error.value.code in ("E103", "E403")
+    (made / "book.txt").unlink()
+    new = made.parent / "new"
+    new.mkdir()
+    _raises("E103", lambda: prepare(made, made, overwrite=True))
+    _raises("E103", lambda: prepare(new, new))
+    assert len(Corpus.open(made).train_ids) > 0
+
+
+def test_data_prepared_inside_their_source_are_no_part_of_it(tmp_path: Path) -> None:
+    source = _folder(tmp_path, [_tale(n) for n in range(30)])
+    first = prepare(source, source / "runs" / "data")
+    again = prepare(source, source / "runs" / "data", overwrite=True)
+    assert again.fingerprint == first.fingerprint
+    assert again.skipped == {"prepared data": 1}
+
+
+def test_a_link_to_prepared_data_stays_one(made: Path) -> None:
+    link = made.parent / "link"
+    link.symlink_to(made)
+    source = _folder(made.parent, [_tale(n) for n in range(100, 130)])
+    prepare(source, link, overwrite=True)
+    assert link.is_symlink()
+    assert "TALE 1" in "".join(_documents(Corpus.open(made), "train"))
+
+
+@pytest.mark.parametrize("source", ["shakespeare", "hub:tales"])
+def test_a_name_that_means_two_things_is_e103(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _folder(tmp_path, [_tale(n) for n in range(30)], source)
+    error = _raises("E103", lambda: prepare(source, "out"))
+    assert error.fix.endswith(f"  ./{source}")
+    assert prepare(f"./{source}", "out").train_documents > 20
+    assert prepare(Path(source), "out2").train_documents > 20
+
+
+# Killed.
 
 
 PROGRAM = """
@@ -409,6 +518,42 @@ except BabyLlamaError as error:
     print(error.code, error.where)
 """
 
+# Forks, and each child dies by SIGKILL at another call of the file system: at its first, its second ...
+KILLED = """
+import os, pathlib, signal, sys
+from babyllama.checkpoint.folder import verify_folder
+from babyllama.data.corpus import prepare
+source, out = sys.argv[1], pathlib.Path(sys.argv[2])
+WATCHED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir"}
+overwrite = out.exists()
+
+def die_at(call):
+    calls = 0
+    def watch(event, arguments):
+        nonlocal calls
+        if event in WATCHED and str(arguments[0]).startswith(str(out.parent)):
+            calls += 1
+            if calls == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(watch)
+
+call, status = 0, 1
+while status:
+    call += 1
+    child = os.fork()
+    if not child:
+        die_at(call)
+        prepare(source, out, overwrite=overwrite)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL), status
+    if out.exists():
+        verify_folder(out)
+    if out.exists() and not overwrite:
+        break
+print(call)
+"""
+
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and limits are POSIX")
 @pytest.mark.parametrize("stage", ["reading", "encoding"])
@@ -420,6 +565,45 @@ def test_a_killed_preparation_leaves_nothing_that_could_be_used(tmp_path: Path, 
     assert not out.exists()
     _raises("E307", lambda: Corpus.open(out))
     assert prepare(source, out).train_documents > 20
+    assert _names(tmp_path) == ["out", "tales"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwritten"])
+def test_killed_at_any_call_the_folder_is_whole_or_not_there_and_the_command_works_again(
+    tmp_path: Path, overwrite: bool
+) -> None:
+    folder = tmp_path / "place"
+    folder.mkdir()
+    source, out = _folder(tmp_path, [_tale(n, 20) for n in range(6)]), folder / "out"
+    if overwrite:
+        prepare(_folder(tmp_path, [_tale(n) for n in range(100, 130)], "old"), out)
+    command = [sys.executable, "-c", KILLED, str(source), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 30
+    corpus = prepare(source, out, overwrite=True)
+    assert sum(len(_documents(corpus, side)) for side in ("train", "val")) >= 6
+    assert _names(folder) == ["out"]
+
+
+def test_data_that_were_being_replaced_come_back(made: Path) -> None:
+    before = Corpus.open(made).fingerprint
+    made.rename(made.with_name(".del-made"))  # killed here
+    _raises("E403", lambda: prepare(made.parent / "source of made", made))
+    assert Corpus.open(made).fingerprint == before
+    assert _names(made.parent) == ["made", "source of made"]
+
+
+def test_only_left_overs_of_this_very_folder_are_swept(tmp_path: Path) -> None:
+    source = _folder(tmp_path, [_tale(n) for n in range(30)])
+    ours = [".tmp-out-123", ".tmp-out-4567"]
+    others = [".tmp-out-5-123", ".tmp-out", ".tmp-out-mine", ".tmp-outer-123", ".del-out-5", "tmp-out-1"]
+    for name in ours + others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.bin").write_bytes(b"half")
+    prepare(source, tmp_path / "out")
+    assert _names(tmp_path) == sorted([*others, "out", "tales"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX")
@@ -449,7 +633,7 @@ def test_ids_are_mapped_read_only(made: Path) -> None:
             ids[0] = 1
 
 
-FILES = ["train.bin", "val.bin", "tokenizer.json", "tokenizer_config.json", "corpus.json"]
+FILES = ["train.bin", "val.bin", "tokenizer.json", "tokenizer_config.json", "manifest.json"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -465,21 +649,22 @@ def test_a_damaged_file_is_e307(made: Path, name: str, damage: str) -> None:
         "empty": b"",
     }
     path.unlink() if damage == "missing" else path.write_bytes(changed[damage])
-    if (name, damage) == ("corpus.json", "cut"):
-        Corpus.open(made)  # only its last line end is gone
+    error = _raises("E307", lambda: Corpus.open(made))
+    # What it proposes can be done: with a damaged manifest nobody knows which files may be replaced.
+    if "--overwrite" in error.fix:
+        prepare(made.parent / "source of made", made, overwrite=True)
     else:
-        _raises("E307", lambda: Corpus.open(made))
+        assert name == "manifest.json"
+        _raises("E403", lambda: prepare(made.parent / "source of made", made, overwrite=True))
 
 
 def _seal(folder: Path, **changes: object) -> None:
-    """Change corpus.json or the files beside it so that sizes and hashes agree again: a forgery, or a bug."""
-    about = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-    about |= changes
-    for name in about["files"]:
+    """Change the manifest or the files beside it so that sizes and hashes agree again: a forgery, or a bug."""
+    manifest = read_sealed(folder / "manifest.json") | changes
+    for name in manifest["files"]:
         data = (folder / name).read_bytes()
-        about["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    about["fingerprint"] = corpus_module._fingerprint(about)
-    (folder / "corpus.json").write_text(json.dumps(about), encoding="utf-8")
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_bytes(sealed(manifest))
 
 
 def test_an_id_outside_the_vocabulary_is_e309_and_says_where(made: Path) -> None:
@@ -499,8 +684,8 @@ def test_another_tokenizer_in_the_folder_is_e309(made: Path) -> None:
     _raises("E309", lambda: Corpus.open(made))
 
 
-def test_a_file_that_lies_about_its_tokens_is_e307(made: Path) -> None:
-    for data in (b"", b"\1\0\1", b"\1\0"):
+def test_a_file_that_cannot_hold_ids_is_e307(made: Path) -> None:
+    for data in (b"", b"\1\0\1"):
         (made / "train.bin").write_bytes(data)
         _seal(made)
         _raises("E307", lambda: Corpus.open(made))
@@ -511,34 +696,57 @@ def test_a_newer_format_is_e208(made: Path) -> None:
     _raises("E208", lambda: Corpus.open(made))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "one"}', "{}", "[" * 100_000, "\xff"])
-def test_a_corpus_json_that_is_none_is_e307(made: Path, text: str) -> None:
-    (made / "corpus.json").write_text(text, encoding="latin-1")
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"kind": "data"}', "{}", "[" * 100_000, "\xff", '{"kind": "data"' * 9]
+)
+def test_a_manifest_that_is_none_is_e307(made: Path, text: str) -> None:
+    (made / "manifest.json").write_text(text, encoding="latin-1")
     _raises("E307", lambda: Corpus.open(made))
 
 
-def test_a_corpus_json_that_says_too_little_is_e307(made: Path) -> None:
-    about = json.loads((made / "corpus.json").read_bytes())
-    for key in corpus_module.TOLD | {"train", "val", "format", "fingerprint"}:
-        less = {k: v for k, v in about.items() if k != key}
-        if key != "fingerprint":
-            less["fingerprint"] = corpus_module._fingerprint(less)
-        (made / "corpus.json").write_text(json.dumps(less), encoding="utf-8")
+def test_a_manifest_that_says_too_little_is_e307(made: Path) -> None:
+    manifest = read_sealed(made / "manifest.json")
+    for key in (*corpus_module.TOLD, "kind", "format", "files"):
+        (made / "manifest.json").write_bytes(sealed({k: v for k, v in manifest.items() if k != key}))
         _raises("E307", lambda: Corpus.open(made))
 
 
-def test_a_number_changed_in_corpus_json_is_e307(made: Path) -> None:
-    about = json.loads((made / "corpus.json").read_bytes())
-    for key, value in about.items():
-        changed = {**about, key: {**value, "documents": 1} if isinstance(value, dict) else 0}
-        if changed != about and key != "source":  # what the source was called may be corrected
-            (made / "corpus.json").write_text(json.dumps(changed), encoding="utf-8")
+def test_a_number_changed_in_the_manifest_is_e307(made: Path) -> None:
+    manifest = json.loads((made / "manifest.json").read_bytes())
+    for key, value in manifest.items():
+        changed = {**manifest, key: {**value, "documents": 1} if isinstance(value, dict) else 0}
+        if changed != manifest:
+            (made / "manifest.json").write_text(json.dumps(changed, indent=1), encoding="utf-8")
             _raises("E307", lambda: Corpus.open(made))
 
 
 def test_nothing_prepared_is_e307(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "missing"):
-        assert "babyllama data" in _raises("E307", lambda folder=folder: Corpus.open(folder)).fix
+    for folder in (tmp_path / "empty", tmp_path / "missing", tmp_path):  # the last one holds something
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        error = _raises("E307", lambda folder=folder: Corpus.open(folder))
+        assert ("--overwrite" in error.fix) is (folder != tmp_path)
+        assert "babyllama data TEXT --out " in error.fix
+
+
+def test_prepared_data_are_told_from_a_saved_step_and_from_a_folder_of_the_user(made: Path) -> None:
+    assert Corpus.stands_in(made)
+    assert Corpus.stands_in(str(made))
+    (made / "train.bin").unlink()
+    assert Corpus.stands_in(made)  # damaged, which opening says
+    step, mine = made.parent / "step", made.parent / "mine"
+    write_folder(step, {"model.safetensors": b""}, {"step": 7})
+    mine.mkdir()
+    (mine / "manifest.json").write_text('{"name": "an extension of a browser"}', encoding="utf-8")
+    (mine / "corpus.json").write_text("{}", encoding="utf-8")
+    for folder in (step, mine, made / "val.bin", made.parent / "missing"):
+        assert not Corpus.stands_in(folder)
+        _raises("E307", lambda folder=folder: Corpus.open(folder))
+
+
+def test_a_folder_with_spaces_is_quoted_in_the_remedy(made: Path) -> None:
+    folder = made.rename(made.with_name("made of tales"))
+    (folder / "val.bin").unlink()
+    assert f"--out '{folder}' --overwrite" in _raises("E307", lambda: Corpus.open(folder)).fix
 
 
 def test_a_corpus_can_be_moved(made: Path, tmp_path: Path) -> None:
@@ -582,7 +790,7 @@ def test_the_error_for_a_full_disk_names_the_folder(tmp_path: Path, monkeypatch:
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(corpus_module.os, "fsync", full)
+    monkeypatch.setattr(folders.os, "fsync", full)
     with pytest.raises(MachineError, match="out") as error:
         prepare(_folder(tmp_path, [_tale(n) for n in range(30)]), tmp_path / "out")
     assert error.value.code == "E401"

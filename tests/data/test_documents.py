@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from babyllama.checkpoint.folder import write_folder
+from babyllama.checkpoint.run import Run
 from babyllama.data import documents
-from babyllama.data.documents import PIECE, Reading, cut, find_files, read_file
+from babyllama.data.documents import PIECE, PREPARED, Reading, cut, find_files, read_file
 from babyllama.errors import BabyLlamaError, InputError, MachineError, UsageError
 
 READING = Reading()
@@ -177,6 +179,22 @@ def test_a_bad_line_of_jsonl_is_e306_with_its_number(tmp_path: Path, line: str, 
     assert error.value.where.endswith("rows.jsonl:3")
 
 
+@pytest.mark.parametrize(
+    ("line", "fix"),
+    [
+        ('{"title": "a", "n": 1}', "--field title"),
+        ('{"n": 1, "the story": "a", "title": "b"}', "--field 'the story'   or  --field title"),
+        ('{"text": null, "n": 1}', "correct or delete this row"),
+    ],
+)
+def test_the_remedy_names_the_fields_that_hold_a_text(tmp_path: Path, line: str, fix: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(line, encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        _texts(file)
+    assert error.value.fix.endswith(fix)
+
+
 def test_half_a_surrogate_pair_in_jsonl_is_e302(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "ok"}\n{"text": "a\\ud83d b"}\n', encoding="utf-8")
@@ -211,7 +229,7 @@ def test_a_row_of_parquet_is_a_document(tmp_path: Path) -> None:
 
 def test_parquet_without_pyarrow_is_e406(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(MachineError, match=r"pip install") as error:
+    with pytest.raises(MachineError, match=r"pip install pyarrow$") as error:
         _texts(tmp_path / "rows.parquet")
     assert error.value.code == "E406"
 
@@ -258,6 +276,22 @@ def test_what_is_no_text_file_is_left_out_of_a_folder_and_counted(tmp_path: Path
         "unreadable": 1,
         "not a file": 3,
     }
+
+
+def test_runs_and_prepared_data_are_left_out_of_a_folder_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("good", encoding="utf-8")
+    run = Run.create(tmp_path / "runs" / "text", {"plan": {}})
+    run.record(step=1)
+    write_folder(run.path / "data", {"train.bin": b""}, PREPARED)
+    write_folder(tmp_path / "ids", {"train.bin": b"", "notes.md": b"ours"}, PREPARED)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text('{"scripts": "of the user"}', encoding="utf-8")
+    (tmp_path / "mine" / "manifest.json").write_text('{"kind": "extension"}', encoding="utf-8")
+    (tmp_path / "mine" / "more.txt").write_text("more", encoding="utf-8")
+    files, skipped = find_files(tmp_path, READING)
+    assert [file.name for file in files] == ["good.txt", "more.txt"]
+    assert skipped == {"a run": 1, "prepared data": 1, "other kind": 2}
+    assert find_files(run.path, READING) == ([], {"a run": 1})
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes and devices are POSIX")

@@ -162,15 +162,34 @@ def test_a_python_without_pip_is_e405(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_cache_that_cannot_be_written_is_e403(index: Index, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert (
-        _code(lambda: named("fairy-tales", cache=tmp_path / "file", download=index.download)).code == "E403"
-    )
+    error = _code(lambda: named("fairy-tales", cache=tmp_path / "file", download=index.download))
+    assert error.code == "E403"
+    assert error.fix.endswith("  export XDG_CACHE_HOME=DIR")
+
+
+@pytest.mark.parametrize(
+    ("platform", "command"), [("linux", "export XDG_CACHE_HOME=DIR"), ("win32", "set LOCALAPPDATA=DIR")]
+)
+def test_a_person_without_a_home_is_told_how_to_name_a_cache(
+    monkeypatch: pytest.MonkeyPatch, platform: str, command: str
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(library.sys, "platform", platform)
+    monkeypatch.setattr(Path, "home", homeless)
+    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(variable, raising=False)
+    error = _code(cache_folder)
+    assert error.code == "E403"
+    assert error.fix.endswith(command)
 
 
 def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "babyllama"
+    for platform in ("darwin", "linux"):
+        monkeypatch.setattr(library.sys, "platform", platform)
+        assert cache_folder() == tmp_path / "babyllama"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "babyllama"
     monkeypatch.setattr(library.sys, "platform", "darwin")
@@ -225,7 +244,7 @@ def test_without_the_datasets_library_the_hub_is_e406(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "datasets", None)
     error = _code(lambda: list(named("hub:owner/tales")))
     assert error.code == "E406"
-    assert error.fix == 'pip install "baby-llama[hub]"'
+    assert error.fix == "pip install datasets"
 
 
 def test_a_hub_that_cannot_be_reached_is_e405(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,25 @@ def test_byte_lengths_add_up_to_the_bytes_of_the_text(ours: Tokenizer, text: str
     assert sum(lengths[id] for id in ours.encode(text, bos=True, eos=True)) == len(text.encode())
 
 
+@given(st.text())
+def test_behind_bos_the_space_that_sentencepiece_puts_is_no_byte_of_the_text(
+    ours: Tokenizer, llama2c_file: Path, text: str
+) -> None:
+    for tokenizer in (ours, Tokenizer.load(llama2c_file)):
+        first, rest = tokenizer.byte_lengths(tokenizer.bos_id), tokenizer.byte_lengths()
+        ids = tokenizer.encode(text, bos=True, eos=True)
+        lengths = [(first if before == tokenizer.bos_id else rest)[id] for before, id in pairwise(ids)]
+        assert sum(lengths) == len(text.encode())
+    assert ours.byte_lengths(ours.bos_id) == ours.byte_lengths()
+
+
+def test_behind_bos_a_piece_that_begins_with_the_space_has_a_byte_less(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(_sentencepiece_json(tmp_path))
+    _, id = tokenizer.encode("ab", bos=True)
+    assert tokenizer.byte_lengths()[id] == 3
+    assert tokenizer.byte_lengths(tokenizer.bos_id)[id] == 2
+
+
 @given(st.lists(st.text(), max_size=5))
 def test_encode_batch_is_encode_of_each(ours: Tokenizer, texts: list[str]) -> None:
     assert ours.encode_batch(texts) == [ours.encode(text) for text in texts]
