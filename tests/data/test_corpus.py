@@ -595,6 +595,19 @@ def test_data_that_were_being_replaced_come_back(made: Path) -> None:
     assert _names(made.parent) == ["made", "source of made"]
 
 
+def test_data_that_cannot_be_replaced_stay(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        assert not made.exists()  # they have been set aside already
+        raise OSError(28, "No space left on device")
+
+    before = Corpus.open(made).fingerprint
+    source = _folder(made.parent, [_tale(n) for n in range(100, 130)])
+    monkeypatch.setattr(folders.os, "fsync", full)
+    _raises("E401", lambda: prepare(source, made, overwrite=True))
+    assert Corpus.open(made).fingerprint == before
+    assert _names(made.parent) == ["made", "source of made", "tales"]
+
+
 def test_only_left_overs_of_this_very_folder_are_swept(tmp_path: Path) -> None:
     source = _folder(tmp_path, [_tale(n) for n in range(30)])
     ours = [".tmp-out-123", ".tmp-out-4567"]
