@@ -320,5 +320,6 @@ class LoadedLlama:
 
     def bits_per_byte(self, text: str) -> float:
         """How many bits this model needs for each byte of `text`; lower is better, 8 is what a blind guess needs."""
-        ids = np.asarray(self.encode(text))
-        return score(self.model, ids, self.tokenizer.byte_lengths(), self.config.max_seq_len).bits_per_byte
+        ids, lengths = np.asarray(self.encode(text)), self.tokenizer.byte_lengths
+        after_bos = self.tokenizer.bos_id, lengths(self.tokenizer.bos_id)
+        return score(self.model, ids, lengths(), self.config.max_seq_len, after_bos=after_bos).bits_per_byte

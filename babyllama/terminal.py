@@ -234,7 +234,12 @@ def left_out(corpus: Any) -> list[tuple[str, str]]:
     """What of a text was not used, and why; nothing when all of it was."""
     parts = [f"{count} exact duplicates"] if (count := corpus.duplicates) else []
     parts += [f"{number} × {reason}" for reason, number in corpus.skipped.items()]
-    return [("left out", ", ".join(parts))] if parts else []
+    rows = [("left out", ", ".join(parts))] if parts else []
+    if corpus.characters_replaced:
+        rows.append(
+            ("replaced", f"{corpus.characters_replaced:,} characters that are not valid in the encoding")
+        )
+    return rows
 
 
 # ---- costs ---------------------------------------------------------------------------------------

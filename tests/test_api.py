@@ -400,3 +400,12 @@ def test_the_package_offers_its_names_and_no_others():
     with pytest.raises(AttributeError, match="generat"):
         _ = babyllama.generat
     assert issubclass(InputError, babyllama.BabyLlamaError)
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text_and_no_dummy_space(fixture_file):
+    llama = api.load(fixture_file("stories260K.bin"), tokenizer=fixture_file("tok512.bin"))
+    for text in ("Once", "Once upon a time, there was a little girl."):
+        ids = llama.encode(text)
+        logs = torch.tensor(llama.logits(ids[:-1])).log_softmax(-1)
+        nats = -sum(float(logs[i, id]) for i, id in enumerate(ids[1:]))
+        assert llama.bits_per_byte(text) == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)

@@ -33,11 +33,13 @@ def score(
     context: int,
     max_tokens: int | None = None,
     device: str = "cpu",
+    after_bos: tuple[int, Sequence[int]] | None = None,
 ) -> Score:
     """Score every token of `ids` but the first exactly once, after at least context / 2 others where there are so many.
 
     logits        tokens (B, T) -> logits (B, T, V)
     byte_lengths  bytes of text that each id stands for; special tokens cost bits and add no bytes
+    after_bos     the BOS id, and the lengths of ids that follow it, where those differ: SentencePiece's dummy space
     max_tokens    score only about so many, evenly taken from the whole text
 
     Raises InputError E303 when there is nothing to score.
@@ -47,6 +49,7 @@ def score(
     if max_tokens is not None and max_tokens < len(ids):
         starts = starts[:: math.ceil(len(starts) / max(1, max_tokens // stride))]
     lengths = np.asarray(byte_lengths)
+    bos_id, first_lengths = (-1, lengths) if after_bos is None else (after_bos[0], np.asarray(after_bos[1]))
     nats, sizes, tokens = [], [], 0
     rows = max(1, LOGITS_AT_ONCE // (context * len(lengths)))
     for at in range(0, len(starts), rows):
@@ -63,7 +66,8 @@ def score(
         nats.append(
             np.where(counted, losses.view(targets.shape).cpu().numpy().astype(np.float64), 0).sum(axis=1)
         )
-        sizes.append(np.where(counted, lengths[targets], 0).sum(axis=1))
+        bytes_ = np.where(inputs == bos_id, first_lengths[targets], lengths[targets])
+        sizes.append(np.where(counted, bytes_, 0).sum(axis=1))
         tokens += int(counted.sum())
     nats_by_part, bytes_by_part = np.concatenate(nats or [[]]), np.concatenate(sizes or [[]])
     total = int(bytes_by_part.sum())

@@ -132,6 +132,7 @@ class _Training:
         self.run, self.plan, self.corpus, self.tell, self.sample = run, plan, corpus, tell, sample
         self.batches = Batches(corpus.train_ids, plan.context, plan.batch_size * plan.accumulation, plan.seed)
         self.byte_lengths = corpus.tokenizer.byte_lengths()
+        self.after_bos = corpus.tokenizer.bos_id, corpus.tokenizer.byte_lengths(corpus.tokenizer.bos_id)
         self.step, self.seconds, self.best_bits = 0, 0.0, math.inf
         self.evaluated: Score | None = None  # at this very step
 
@@ -314,7 +315,9 @@ class _Training:
 
     def _score(self, logits: Callable[[Tensor], Tensor], max_tokens: int | None) -> Score:
         ids = np.asarray(self.corpus.val_ids)
-        return score(logits, ids, self.byte_lengths, self.plan.context, max_tokens, self.plan.device)
+        return score(
+            logits, ids, self.byte_lengths, self.plan.context, max_tokens, self.plan.device, self.after_bos
+        )
 
     # ---- small things --------------------------------------------------------------------------
 
