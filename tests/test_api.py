@@ -402,10 +402,17 @@ def test_the_package_offers_its_names_and_no_others():
     assert issubclass(InputError, babyllama.BabyLlamaError)
 
 
-def test_bits_per_byte_count_the_bytes_of_the_text_and_no_dummy_space(fixture_file):
-    llama = api.load(fixture_file("stories260K.bin"), tokenizer=fixture_file("tok512.bin"))
-    for text in ("Once", "Once upon a time, there was a little girl."):
-        ids = llama.encode(text)
-        logs = torch.tensor(llama.logits(ids[:-1])).log_softmax(-1)
-        nats = -sum(float(logs[i, id]) for i, id in enumerate(ids[1:]))
-        assert llama.bits_per_byte(text) == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+def test_bits_per_byte_count_the_bytes_of_the_text_and_no_dummy_space(tmp_path):
+    pieces = [(f"<0x{byte:02X}>", 0.0) for byte in range(256)] + [(" ", -3.0), ("a", -2.0), (" a", -1.0)]
+    content = struct.pack("<i", 6)
+    for piece, value in [("<unk>", 0.0), ("\n<s>\n", 0.0), ("\n</s>\n", 0.0), *pieces]:
+        content += struct.pack("<fi", value, len(piece.encode())) + piece.encode()
+    (tmp_path / "tokenizer.bin").write_bytes(content)
+    tokenizer = babyllama.Tokenizer.load(tmp_path / "tokenizer.bin")
+    config = babyllama.Config(vocab_size=tokenizer.vocab_size, dim=16, n_layers=1, n_heads=2, max_seq_len=32)
+    llama = babyllama.LoadedLlama(config, tokenizer, babyllama.Llama(config, seed=1))
+    text = "a a b"  # the first " a" stands for one byte of it, the second for two
+    ids = llama.encode(text)
+    logs = torch.tensor(llama.logits(ids[:-1])).log_softmax(-1)
+    nats = -sum(float(logs[i, id]) for i, id in enumerate(ids[1:]))
+    assert llama.bits_per_byte(text) == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
