@@ -1,6 +1,7 @@
 """What every test stands on: shapes are checked on each call, nothing is downloaded, threads are counted."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,9 @@ from jaxtyping import install_import_hook
 
 assert "babyllama" not in sys.modules, "babyllama was imported before its shapes could be checked"
 install_import_hook("babyllama", "beartype.beartype")
+
+# A shell lets what it starts in the background ignore Ctrl-C; tests that send it to themselves want it to arrive.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread: sums are rounded in the same order on every machine, and where other programs run too, threads that
 # wait for one another make a small model ten times slower.
