@@ -265,7 +265,7 @@ def data(
     rest, and everything written as ids. [bold]babyllama train OUT[/bold] takes it from there.
     """
     from babyllama.data.corpus import prepare
-    from babyllama.terminal import command, facts, left_out, note, preparing
+    from babyllama.terminal import command, documents, facts, left_out, note, preparing
     from babyllama.text.tokenizer import Tokenizer
 
     chosen = None if tokenizer is None else Tokenizer.load(tokenizer)
@@ -280,17 +280,19 @@ def data(
             progress=progress,
             **reading,
         )
-    sides = {"training": (corpus.train_documents, corpus.train_bytes, len(corpus.train_ids))}
-    sides["validation"] = (corpus.val_documents, corpus.val_bytes, len(corpus.val_ids))
     facts(
         [
-            *(
-                (side, "{:,} documents, {:,} bytes, {:,} tokens".format(*numbers))
-                for side, numbers in sides.items()
+            (
+                "to learn",
+                f"{documents(corpus.train_documents, corpus.train_bytes)}, {len(corpus.train_ids):,} tokens",
+            ),
+            (
+                "held out",
+                f"{documents(corpus.val_documents, corpus.val_bytes)}, {len(corpus.val_ids):,} tokens",
             ),
             (
                 "vocabulary",
-                f"{corpus.vocab_size:,} tokens, {corpus.train_bytes / len(corpus.train_ids):.2f} bytes each",
+                f"{corpus.vocab_size:,}, a token is {corpus.train_bytes / len(corpus.train_ids):.2f} bytes",
             ),
             *left_out(corpus),
         ],

@@ -80,6 +80,11 @@ def size(number: int | float) -> str:
     return f"{number:.0f} bytes"
 
 
+def plural(number: int | float, noun: str) -> str:
+    """1 and "step" -> "1 step"; 3,000 -> "3,000 steps"."""
+    return f"{number:,g} {noun}" + ("" if number == 1 else "s") if number < 1e6 else f"{number:,.0f} {noun}s"
+
+
 def duration(seconds: int | float) -> str:
     """125 -> "2:05"."""
     if not 0 <= seconds < 1e7:
@@ -149,22 +154,17 @@ class TrainingScreen:
         plan, corpus = event.plan, event.corpus
         from babyllama import costs
 
-        until = f"{plan.steps:,} steps" if plan.steps else f"{plan.seconds / 60:g} minutes"
-        where = (
-            f"{plan.threads} core{'s' if plan.threads > 1 else ''}" if plan.device == "cpu" else plan.device
-        )
+        until = plural(plan.steps, "step") if plan.steps else plural(round(plan.seconds / 60, 2), "minute")
+        where = plural(plan.threads, "core") if plan.device == "cpu" else plan.device
         m = plan.model
         facts(
             [
-                (
-                    "text",
-                    f"{corpus.train_bytes:,} bytes in {corpus.train_documents:,} documents; "
-                    f"{corpus.val_bytes:,} bytes in {corpus.val_documents:,} more are held out for validation",
-                ),
+                ("to learn", documents(corpus.train_documents, corpus.train_bytes)),
+                ("held out", f"{documents(corpus.val_documents, corpus.val_bytes)}, to measure on"),
                 *left_out(corpus),
                 (
                     "tokens",
-                    f"{len(corpus.train_ids):,} to learn from, of a vocabulary of {corpus.vocab_size:,}; "
+                    f"{len(corpus.train_ids):,}, of a vocabulary of {corpus.vocab_size:,}; "
                     f"{corpus.train_bytes / max(1, len(corpus.train_ids)):.2f} bytes each",
                 ),
                 (
@@ -228,6 +228,10 @@ def bits_per_byte(score: Any) -> str:
     """A score, as markup."""
     spread = "" if score.error is None else f" ± {score.error:.3f}"
     return f"[bold]{score.bits_per_byte:.3f}[/bold] bits per byte{spread}"
+
+
+def documents(count: int, bytes_: int) -> str:
+    return f"{plural(count, 'document')}, {bytes_:,} bytes"
 
 
 def left_out(corpus: Any) -> list[tuple[str, str]]:

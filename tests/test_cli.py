@@ -112,7 +112,7 @@ def interrupt_at(step):
 
 def test_data_prepares_a_text_and_train_takes_it_from_there(book, tmp_path, said):
     shown = said("data", book, "--out", tmp_path / "ids", "--vocab-size", 300)
-    assert "300 tokens" in shown and f"babyllama train {tmp_path / 'ids'}" in shown
+    assert "300, a token is" in shown and f"babyllama train {tmp_path / 'ids'}" in shown
     shown = said("train", tmp_path / "ids", "--out", tmp_path / "run", "--steps", 2, *FAST)
     assert "vocabulary of 300" in shown and Run(tmp_path / "run").settings["data"] == [
         "../ids",

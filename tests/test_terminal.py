@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from babyllama.checkpoint.run import Run
-from babyllama.terminal import command, duration, printable, size
+from babyllama.terminal import command, duration, plural, printable, size
 
 FAST = ["--size", "100k", "--device", "cpu", "--set", "context=32", "--set", "batch_size=4"]
 FAST += ["--set", "threads=1", "--set", "evaluations=4"]
@@ -92,5 +92,11 @@ def test_training_goes_on_when_the_screen_is_full(book, tmp_path):
 def test_figures_read_as_a_person_would_write_them():
     assert (duration(125), duration(3725), duration(float("inf"))) == ("2:05", "1:02:05", "?")
     assert (size(512), size(1536), size(3 * 2**30)) == ("512 bytes", "1.5 KiB", "3.0 GiB")
+    assert [plural(n, "step") for n in (1, 2, 0.5, 200_000)] == [
+        "1 step",
+        "2 steps",
+        "0.5 steps",
+        "200,000 steps",
+    ]
     assert command("babyllama", "generate", "a b", 3) == "babyllama generate 'a b' 3"
     assert printable("a\x1b[1m\x07\n\t€") == "a␛[1m␇\n\t€"
