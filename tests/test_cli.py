@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import typer
 
-from babyllama import api, cli
+from babyllama import api, cli, machine
 from babyllama.checkpoint.run import Run
 from babyllama.cli import app, main
 from babyllama.data import library
@@ -202,11 +202,12 @@ def test_doctor_says_what_there_is_and_that_it_computes_rightly(said):
 
 @pytest.fixture
 def small_tales(monkeypatch):
-    """A small text in place of the fairy tales, and a clock that goes a tenth of a second at each look."""
+    """A small text in place of the fairy tales, one thread, and a clock that goes a tenth of a second at each look."""
     tales = [Document(f"tale {i}", f"Tale {i}. {TALE * 8}\n") for i in range(60)]
     monkeypatch.setattr(library, "named", lambda name, reading=None: iter(tales))
     now = iter(np.arange(0, 1e6, 0.1))
     monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr(machine, "physical_cores", lambda: 1)
 
 
 def test_a_story_is_learned_once_and_told_again(small_tales, tmp_path, said, monkeypatch):
