@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from babyllama.errors import BabyLlamaError, MachineError, UsageError
+from babyllama.terminal import ReaderLeftError
 
 INTRO = """Train a small Llama on your own text, and look at what it has learned.
 
@@ -73,7 +74,7 @@ Seed = Annotated[int, typer.Option(help="Another seed, another result; the same 
 
 STORY_RUN = Path("runs/fairy-tales")
 STORY_TEXT, STORY_BEGINNING = "fairy-tales", "There was once"
-SENTENCE_END = re.compile(r"""[.!?]["')]*(?=\s)""")
+SENTENCE_END = re.compile(r"""[.!?]["')]*(?=\s|\Z)""")
 
 
 @verb("Start")
@@ -200,7 +201,7 @@ def _train_and_show(start: Callable[[Any, Any], object], out: Path) -> None:
     with preparing() as progress, TrainingScreen() as screen:
         start(screen, progress)
     outcome = screen.outcome
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ReaderLeftError):
         if outcome.stopped_by is None:
             note(f"Saved in {out}.  Try it:  {command('babyllama', 'generate', out, 'Once')}")
         elif outcome.step:
@@ -350,7 +351,7 @@ def generate(
     [bold]babyllama generate runs/notes "Dear diary"[/bold]
     """
     from babyllama import api
-    from babyllama.terminal import say
+    from babyllama.terminal import say, say_raw
 
     options = _given(
         temperature=temperature,
@@ -367,7 +368,7 @@ def generate(
     if strategies:
         _strategies(llama, prompt, 60 if max_tokens is None else max_tokens, seed)
         return
-    write = (lambda text, end="": print(text, end=end, flush=True)) if raw else say
+    write = say_raw if raw else say
     pieces = llama.stream(prompt, seed=seed, **options, **_given(max_tokens=max_tokens))
     write(prompt, end="")
     for piece in pieces:
@@ -507,9 +508,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_fail(UsageError("E101", path, error.format_message(), f"see:  {path} --help")))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(128 + signal.SIGINT)
-    except (
-        BrokenPipeError
-    ):  # the reader of our output has left: no more is written to it, not even at the end
+    except ReaderLeftError:  # no more is written to it, not even at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + SIGPIPE)
     except Exception as error:

@@ -14,10 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 
+class ReaderLeftError(Exception):
+    """Nobody reads our output any more, as after `| head`. No OSError, which typer would end the program for."""
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """The reader of our output has left: say so to whoever printed, who knows what that means."""
-        raise BrokenPipeError
+        raise ReaderLeftError
 
 
 console = _Console(highlight=False)
@@ -37,6 +40,14 @@ def _sign(character: str) -> str:
 def say(text: str, end: str = "\n") -> None:
     """Text of a model: never read as markup, never a control sequence."""
     console.out(printable(text), end=end, highlight=False)
+
+
+def say_raw(text: str, end: str = "\n") -> None:
+    """Text of a model exactly as it is, control characters too."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise ReaderLeftError from None
 
 
 def note(text: str) -> None:
@@ -147,7 +158,9 @@ class TrainingScreen:
     def __call__(self, event: Any) -> None:
         show = getattr(self, f"_{type(event).__name__.lower()}", None)
         if show is not None:
-            with contextlib.suppress(OSError):  # a screen that is gone or full is no reason to stop training
+            with contextlib.suppress(
+                OSError, ReaderLeftError
+            ):  # a screen that is gone or full is no reason to stop training
                 show(event)
 
     def _planned(self, event: Any) -> None:

@@ -416,3 +416,13 @@ def test_bits_per_byte_count_the_bytes_of_the_text_and_no_dummy_space(tmp_path):
     logs = torch.tensor(llama.logits(ids[:-1])).log_softmax(-1)
     nats = -sum(float(logs[i, id]) for i, id in enumerate(ids[1:]))
     assert llama.bits_per_byte(text) == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
+
+
+def test_the_bos_of_a_tokenizer_is_its_own_and_not_a_default_of_the_model(tmp_path):
+    ours = Tokenizer.train(["There was once a king who had three sons. " * 9], 270)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=270, **sizes)).save_pretrained(tmp_path)
+    core = tmp_path / "core.json"
+    core.write_bytes(ours.files()["tokenizer.json"])
+    PreTrainedTokenizerFast(tokenizer_file=str(core), bos_token=BOS, eos_token=EOS).save_pretrained(tmp_path)
+    assert api.load(tmp_path).encode("x") == ours.encode("x", bos=True)

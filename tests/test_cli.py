@@ -356,3 +356,8 @@ def test_the_command_line_itself_loads_no_torch():
         subprocess.run([sys.executable, "-c", check], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
         == 0
     )
+
+
+def test_a_sentence_at_the_very_end_of_a_story_is_told(run, monkeypatch, said):
+    monkeypatch.setattr(api.LoadedLlama, "generate", lambda self, *given, **options: " a king. He slept.")
+    assert f"{cli.STORY_BEGINNING} a king. He slept.\n" in said("story", "--out", run)

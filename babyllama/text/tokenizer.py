@@ -342,6 +342,10 @@ def _ends(
             config = _parse(files[name], name)
             begins += [*ids_in(config.get("bos_token_id")), *id_named(config.get("bos_token"))]
             stops += [*ids_in(config.get("eos_token_id")), *id_named(config.get("eos_token"))]
+    # transformers writes the ids 1 and 2 for a model whose maker named none: the tokenizer's own BOS goes first
+    if "tokenizer_config.json" in files:
+        named = _parse(files["tokenizer_config.json"], "tokenizer_config.json").get("bos_token")
+        begins = [*id_named(named), *begins]
     stops = stops or [vocab[name] for name in EOS_NAMES if name in vocab][:1]
     begins = begins or [vocab[name] for name in BOS_NAMES if name in vocab][:1] or stops[:1]
     if not stops:

@@ -72,6 +72,7 @@ class Plan:
             self._require(name, 0 < getattr(self, name) < math.inf, "must be above 0")
         for name in ("steps", "seconds", "weight_decay", "clip", "evaluations", "save_every", "save_seconds"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "must be 0 or above")
+        self._require("batch_size", self.batch_size < 2**31, "must be below 2^31")
         self._require("seed", 0 <= self.seed < 2**63, "must be from 0 to 2^63 - 1")
         for name in ("warmup", "beta1", "beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
@@ -220,7 +221,9 @@ def _typed(settings: dict[str, Any]) -> dict[str, Any]:
         if kind in (int, float):
             try:
                 kept[name] = kind(value)
-            except (TypeError, ValueError):
+                if isinstance(value, bool) or (isinstance(value, float) and value != kept[name]):
+                    raise ValueError  # int() would make 1 of True and of 1.9
+            except (TypeError, ValueError, OverflowError):
                 expected = "a whole number" if kind is int else "a number"
                 raise UsageError(
                     "E102", f"--set {name}", f"is {value!r}, expected {expected}", "give a number"
