@@ -495,6 +495,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [each for each in given if each != "--debug"]
+    # Threads of torch that wait for one another spin; spinning long gains nothing on an idle machine, and on a busy one
+    # takes the cores from what is waited for (docs/log.md, 2026-11-24). Read by GNU OpenMP when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a ?
     try:
