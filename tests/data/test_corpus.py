@@ -239,8 +239,10 @@ def test_a_given_tokenizer_is_used_and_kept(tales: Corpus, tmp_path: Path) -> No
 
 
 def test_bos_and_eos_are_those_of_the_tokenizer(tales: Corpus, tmp_path: Path) -> None:
-    config = b'{"bos_token_id": 2, "eos_token_id": [4, 1]}'
-    tokenizer = Tokenizer({**tales.tokenizer.files(), "generation_config.json": config})
+    files = tales.tokenizer.files()
+    names = {**json.loads(files["tokenizer_config.json"]), "bos_token": "<|start_header_id|>"}
+    ends = {"generation_config.json": b'{"bos_token_id": 2, "eos_token_id": [4, 1]}'}
+    tokenizer = Tokenizer({**files, **ends, "tokenizer_config.json": json.dumps(names).encode()})
     assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 4)
     corpus = prepare(_folder(tmp_path, [_tale(n) for n in range(30)]), tmp_path / "out", tokenizer=tokenizer)
     assert len(_documents(corpus, "train")) == corpus.train_documents  # it looks for these two ids
