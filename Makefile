@@ -27,7 +27,7 @@ check: lint test
 lint: $(VENV)/.installed-check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 	@$(MAKE) --no-print-directory lines
 

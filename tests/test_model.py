@@ -125,12 +125,12 @@ def test_a_zero_means_derive_and_every_field_then_holds_its_value() -> None:
 
 def test_the_sizes_of_a_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        small().dim = 64  # pyright: ignore[reportAttributeAccessIssue]
+        small().dim = 64
     with pytest.raises(dataclasses.FrozenInstanceError):
-        RopeScaling(kind="linear", factor=2.0).factor = 4.0  # pyright: ignore[reportAttributeAccessIssue]
+        RopeScaling(kind="linear", factor=2.0).factor = 4.0
     assert dataclasses.replace(small(), n_layers=3).n_layers == 3
     with pytest.raises(TypeError):
-        Config(61, 48, 2, 6)  # pyright: ignore[reportCallIssue]
+        Config(61, 48, 2, 6)
 
 
 @pytest.mark.parametrize(

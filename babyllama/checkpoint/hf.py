@@ -6,6 +6,7 @@ What stands in `config.json` and what tensors are called is translated by two ta
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def read_config(path: Path) -> Config:
                 raise refuse(theirs, "is missing")
             continue
         wanted = bool if ours == "tie_embeddings" else float if ours == "norm_eps" else int
-        values[ours] = _number(value, wanted, lambda found, key=theirs: refuse(key, found))
+        values[ours] = _number(value, wanted, partial(refuse, theirs))
         if ours in LARGEST and not 0 < value <= LARGEST[ours]:
             raise refuse(theirs, f"is {value}, expected 1 to {LARGEST[ours]:,}")
     rope: dict[str, Any] = {}
@@ -154,9 +155,7 @@ def read_config(path: Path) -> Config:
                 "original_max_seq_len": "original_max_position_embeddings",
             }
         scaling = {
-            ours: _number(
-                rope.get(theirs), float, lambda found, key=theirs: refuse(f"rope_scaling.{key}", found)
-            )
+            ours: _number(rope.get(theirs), float, partial(refuse, f"rope_scaling.{theirs}"))
             for ours, theirs in keys.items()
         }
         if not all(0 < value < math.inf for value in scaling.values()) or scaling.get(

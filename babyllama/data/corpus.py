@@ -41,8 +41,10 @@ TOKENIZER_SAMPLE = 100 * 2**20  # bytes of text that a tokenizer is trained on, 
 SHORTEST_PIECE = 256  # characters, when few documents have to be cut to be split
 BATCH = 2**20  # characters encoded at a time
 # What the manifest tells of the data, under the names of Corpus.
-TOLD = ("train_documents", "val_documents", "train_bytes", "val_bytes")
-TOLD += ("duplicates", "skipped", "characters_replaced", "source")
+TOLD = (
+    *("train_documents", "val_documents", "train_bytes", "val_bytes"),
+    *("duplicates", "skipped", "characters_replaced", "source"),
+)
 
 Progress = Callable[[str, int, int], None]
 """(stage, bytes done, bytes in all or 0 if unknown); the stages are "reading", "tokenizer" and "encoding"."""

@@ -53,7 +53,7 @@ class Sampling:
             object.__setattr__(self, name, number)  # 1 for 1.0 is welcome
 
 
-RANGES = {
+RANGES: dict[str, tuple[Callable[[Any], int | float], str, Callable[[Any], bool]]] = {
     "temperature": (float, "a number, 0 or above", lambda x: 0 <= x < math.inf),
     "top_k": (int, "a whole number, 0 or above", lambda x: x >= 0),
     "top_p": (float, "a number above 0, at most 1", lambda x: 0 < x <= 1),

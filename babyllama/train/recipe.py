@@ -236,7 +236,8 @@ def _typed(settings: dict[str, Any]) -> dict[str, Any]:
     if kept.get("precision", "float32") not in ("float32", "bfloat16"):
         raise UsageError("E101", "--set precision", f"is {kept['precision']!r}", "choose float32 or bfloat16")
     smallest = Config(vocab_size=1, dim=2, n_layers=1, n_heads=1)
-    Plan(model=smallest, steps=1, **{"context": 1, "batch_size": 1, **kept})  # refuses what is out of range
+    least: dict[str, Any] = {"context": 1, "batch_size": 1, **kept}
+    Plan(model=smallest, steps=1, **least)  # refuses what is out of range
     return kept
 
 
