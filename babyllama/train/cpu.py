@@ -1,0 +1,293 @@
+"""The loss of a step and its gradients on the CPU, near the speed of the cores. What it computes is model.py, no more.
+
+Each worker, one thread, takes some rows of the batch through the whole model and back, so threads meet twice a step and
+never wait inside it. Between the matrix products, which PyTorch does, stand the kernels of kernels.py; q, k and v are
+one product, gate and up another; every buffer is made once. The derivatives are written out below, in the order of the
+forward pass and then backwards; tests/train/test_cpu.py holds loss and gradients equal to those of model.py.
+
+Layout: all weights lie in one flat tensor, all gradients in another, and the model's parameters become views of them:
+[wq wk wv | wo | w_gate w_up | w_down] of each layer, lm_head, tok_embeddings, gains. The first part, as far as it is
+multiplied, is copied to the products' precision once a step.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from babyllama.data.batches import IGNORE
+from babyllama.model import Config, Llama, rope_tables
+from babyllama.train import kernels
+from babyllama.train.recipe import Plan
+
+QUERIES = 256  # positions whose scores are computed at once: nothing is computed above the last of them
+
+
+class CPUStep:
+    """loss and gradients of one batch after another. The parameters of `model` are moved into one tensor."""
+
+    def __init__(self, model: Llama, plan: Plan) -> None:
+        self.config, self.model = model.config, model
+        self.dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
+        self.dropout, self.seed = plan.dropout, plan.seed
+        self._flatten()
+        count = max(1, min(plan.threads, plan.batch_size))
+        ends = [plan.batch_size * (i + 1) // count for i in range(count)]
+        self.rows = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        self.working = torch.empty(self.multiplied, dtype=self.dtype)
+        self.parts = torch.empty(count, self.multiplied, dtype=self.dtype)
+        views = Weights(self.config, self.working, self.gains, self.table)
+        self.workers = [
+            _Worker(self.config, plan.context, rows.stop - rows.start, views, part, self.dtype)
+            for rows, part in zip(self.rows, self.parts, strict=True)
+        ]
+        self.pool = ThreadPoolExecutor(count)
+        edges = [self.multiplied * i // count for i in range(count + 1)]
+        self.slices = [slice(*pair) for pair in zip(edges, edges[1:], strict=False)]
+
+    def _flatten(self) -> None:
+        """Move the parameters into `self.flat` and give each a view of `self.gradients`."""
+        model = self.model
+        order: list[torch.nn.Parameter] = []
+        for layer in model.layers:
+            a, f = layer.attention, layer.feed_forward
+            order += [m.weight for m in (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)]
+        tied = model.lm_head is None
+        order += [] if tied else [model.lm_head.weight]
+        order += [model.tok_embeddings.weight]
+        for layer in model.layers:
+            order += [layer.attention_norm.weight, layer.ffn_norm.weight]
+        order += [model.norm.weight]
+        ends = list(accumulate(weight.numel() for weight in order))
+        self.flat, self.gradients = torch.empty(ends[-1]), torch.zeros(ends[-1])
+        for weight, end in zip(order, ends, strict=True):
+            place = slice(end - weight.numel(), end)
+            self.flat[place] = weight.detach().flatten()
+            weight.data = self.flat[place].view(weight.shape)
+            weight.grad = self.gradients[place].view(weight.shape)
+        gains = 2 * self.config.n_layers + 1
+        embedding = ends[-1 - gains]  # where the embedding ends
+        self.table = model.tok_embeddings.weight.detach()
+        self.multiplied = embedding if tied else embedding - self.table.numel()
+        self.gains = self.flat[embedding:].view(gains, -1)
+        self.dgains = self.gradients[embedding:].view(gains, -1)
+        self.dtable = model.tok_embeddings.weight.grad
+
+    def __call__(self, tokens: Tensor, targets: Tensor, counted: int, step: int = 0, more: bool = False) -> float:
+        """Nats per counted target of a batch (B, T); the gradients are in `.grad`, on top of what is there if `more`."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a worker's own products
+        try:
+            tasks = range(len(self.workers))
+            list(self.pool.map(self._cast, tasks))
+            nats = list(self.pool.map(lambda i: self._work(i, tokens, targets, counted), tasks))
+            list(self.pool.map(lambda i: self._gather(i, more), tasks))
+            self._gather_rest(more)
+        finally:
+            torch.set_num_threads(threads)
+        return sum(nats) / counted
+
+    def _cast(self, i: int) -> None:
+        self.working[self.slices[i]] = self.flat[self.slices[i]]
+
+    def _work(self, i: int, tokens: Tensor, targets: Tensor, counted: int) -> float:
+        rows, worker = self.rows[i], self.workers[i]
+        worker.tokens[:] = tokens[rows].flatten()
+        worker.targets[:] = targets[rows].flatten()
+        worker.forward()
+        nats = worker.loss(1.0 / counted)
+        worker.backward()
+        return nats
+
+    def _gather(self, i: int, more: bool) -> None:
+        part, total = self.parts[:, self.slices[i]], self.gradients[self.slices[i]]
+        kernels.add_up(_array(part), _array(total), more)
+
+    def _gather_rest(self, more: bool) -> None:
+        tied = self.model.lm_head is None
+        if not more:
+            self.dgains.zero_()
+            if not tied:  # tied: the head's gradient is there already
+                self.dtable.zero_()
+        for worker in self.workers:
+            self.dgains += worker.dgains
+            kernels.add_rows(_array(worker.tokens), worker.np.dx, _array(self.dtable))
+
+
+class Weights:
+    """Views of the flat weights, or of the flat gradients, as the products take them."""
+
+    def __init__(self, config: Config, flat: Tensor, gains: Tensor, table: Tensor) -> None:
+        D, F, L = config.dim, config.hidden_dim, config.n_layers
+        heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        shapes = [(heads + 2 * kv, D), (D, heads), (2 * F, D), (D, F)]
+        layer = sum(a * b for a, b in shapes)
+        self.qkv, self.wo, self.gate_up, self.w_down = (
+            [flat[at + l * layer :][: a * b].view(a, b) for l in range(L)]
+            for at, (a, b) in zip(accumulate([0] + [a * b for a, b in shapes]), shapes, strict=False)
+        )
+        self.head = flat[L * layer :].view(config.vocab_size, D)
+        self.gains, self.table = gains, table
+
+
+class _Worker:
+    """Some rows, all the way. Every tensor that a kernel touches has a numpy view of the same memory in `np`."""
+
+    def __init__(self, config: Config, T: int, R: int, weights: Weights, part: Tensor, dtype: torch.dtype) -> None:
+        self.config, self.T, self.R, self.w = config, T, R, weights
+        D, F, V, L = config.dim, config.hidden_dim, config.vocab_size, config.n_layers
+        H, K, hd = config.n_heads, config.n_kv_heads, config.head_dim
+        n, g, states = R * T, H // K, 2 * L + 1
+        self.grads = Weights(config, part, torch.zeros(states, D), weights.table)
+        self.dgains = self.grads.gains
+        self.blocks = [(begin, min(begin + QUERIES, T)) for begin in range(0, T, QUERIES)]
+
+        def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype)
+
+        f32 = torch.float32
+        self.tokens, self.targets = make(n, dtype=torch.int64), make(n, dtype=torch.int64)
+        self.x, self.rms = make(states, n, D, dtype=f32), make(states, n, dtype=f32)
+        self.y = make(states, n, D)  # normed
+        self.qkv = make(n, (H + 2 * K) * hd)
+        self.q, self.k, self.v = make(L, R * K, T * g, hd), make(L, R * K, T, hd), make(L, R * K, T, hd)
+        self.weights = [[make(R * K, (e - b) * g, e) for b, e in self.blocks] for _ in range(L)]
+        self.by_head = make(R * K, T * g, hd)
+        self.heads = make(L, n, H * hd)
+        self.branch = make(n, D)
+        self.gate_up, self.product = make(L, n, 2 * F), make(L, n, F)
+        self.logits = make(n, V)
+        self.dx, self.dx_rounded, self.dy = make(n, D, dtype=f32), make(n, D), make(n, D)
+        self.dproduct, self.dheads = make(n, F), make(n, H * hd)
+        self.dq, self.dk, self.dv = make(R * K, T * g, hd), make(R * K, T, hd), make(R * K, T, hd)
+        self.dweights = [make(R * K, (e - b) * g, e) for b, e in self.blocks]
+        self.scratch = make(max(T, V), dtype=f32)
+        cos, sin = rope_tables(config, torch.arange(T)[None])
+        self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
+        self.np = _Arrays(self)
+        self.scale = np.float32(math.log2(math.e) / math.sqrt(hd))
+        self.dscale = np.float32(1 / math.sqrt(hd))
+
+    # ---- forward -------------------------------------------------------------------------------
+
+    def forward(self) -> None:
+        w, a = self.w, self.np
+        torch.index_select(w.table, 0, self.tokens, out=self.x[0])
+        self.branch.zero_()
+        self._norm(0)
+        for l in range(self.config.n_layers):
+            torch.mm(self.y[2 * l], w.qkv[l].t(), out=self.qkv)
+            kernels.split_rotate(a.qkv, a.cos, a.sin, a.q[l], a.k[l], a.v[l], self.scale)
+            self._attend(l)
+            self._rows(self.heads[l]).copy_(self._heads(self.by_head))
+            torch.mm(self.heads[l], w.wo[l].t(), out=self.branch)
+            self._norm(2 * l + 1)
+            torch.mm(self.y[2 * l + 1], w.gate_up[l].t(), out=self.gate_up[l])
+            kernels.swiglu(a.gate_up[l], a.product[l])
+            torch.mm(self.product[l], w.w_down[l].t(), out=self.branch)
+            self._norm(2 * l + 2)
+        torch.mm(self.y[-1], w.head.t(), out=self.logits)
+
+    def _norm(self, i: int) -> None:
+        a, eps = self.np, np.float32(self.config.norm_eps)
+        kernels.add_norm(a.x[max(0, i - 1)], a.branch, a.x[i], a.y[i], a.rms[i], a.gains[i], eps)
+
+    def _attend(self, l: int) -> None:
+        q, k, v = self.q[l], self.k[l], self.v[l]
+        g = q.shape[1] // self.T
+        for block, (begin, end) in enumerate(self.blocks):
+            queries = slice(begin * g, end * g)
+            weights = self.weights[l][block]
+            torch.bmm(q[:, queries], k[:, :end].mT, out=weights)
+            kernels.causal_softmax(self.np.weights[l][block], begin, g, self.np.scratch)
+            self.by_head[:, queries] = torch.bmm(weights, v[:, :end])
+
+    def loss(self, scale: float) -> float:
+        """Nats, summed; the logits become their gradient."""
+        a = self.np
+        return kernels.cross_entropy(a.logits, a.targets, IGNORE, np.float32(scale), a.scratch)
+
+    # ---- backward ------------------------------------------------------------------------------
+
+    def backward(self) -> None:
+        w, g, a = self.w, self.grads, self.np
+        self.dx.zero_()
+        self.dgains.zero_()
+        torch.mm(self.logits.t(), self.y[-1], out=g.head)
+        torch.mm(self.logits, w.head, out=self.dy)
+        self._norm_backward(-1)
+        for l in reversed(range(self.config.n_layers)):
+            torch.mm(self.dx_rounded.t(), self.product[l], out=g.w_down[l])
+            torch.mm(self.dx_rounded, w.w_down[l], out=self.dproduct)
+            kernels.swiglu_backward(a.gate_up[l], a.dproduct)  # gate_up is now its gradient
+            torch.mm(self.gate_up[l].t(), self.y[2 * l + 1], out=g.gate_up[l])
+            torch.mm(self.gate_up[l], w.gate_up[l], out=self.dy)
+            self._norm_backward(2 * l + 1)
+            torch.mm(self.dx_rounded.t(), self.heads[l], out=g.wo[l])
+            torch.mm(self.dx_rounded, w.wo[l], out=self.dheads)
+            self._heads(self.by_head).copy_(self._rows(self.dheads))
+            self._attend_backward(l)
+            kernels.join_rotate_backward(a.dq, a.dk, a.dv, a.cos, a.sin, a.qkv, self.dscale)
+            torch.mm(self.qkv.t(), self.y[2 * l], out=g.qkv[l])
+            torch.mm(self.qkv, w.qkv[l], out=self.dy)
+            self._norm_backward(2 * l)
+
+    def _norm_backward(self, i: int) -> None:
+        a = self.np
+        kernels.norm_backward(a.dy, a.x[i], a.rms[i], a.gains[i], a.dx, a.dx_rounded, a.dgains[i])
+
+    def _attend_backward(self, l: int) -> None:
+        q, k, v, dheads = self.q[l], self.k[l], self.v[l], self.by_head
+        g = q.shape[1] // self.T
+        for block, (begin, end) in reversed(list(enumerate(self.blocks))):
+            queries = slice(begin * g, end * g)
+            weights, dweights = self.weights[l][block], self.dweights[block]
+            first = block == len(self.blocks) - 1  # the last block sees every key
+            torch.bmm(dheads[:, queries], v[:, :end].mT, out=dweights)
+            kernels.causal_softmax_backward(self.np.weights[l][block], self.np.dweights[block], begin, g)
+            # The scores were computed with q · log₂ e / √hd: as dk is taken with that q, its log₂ e is taken out
+            _add(self.dv[:, :end], weights.mT, dheads[:, queries], first)
+            _add(self.dk[:, :end], dweights.mT, q[:, queries], first, math.log(2))
+            self.dq[:, queries] = torch.bmm(dweights, k[:, :end])
+
+    # ---- views ---------------------------------------------------------------------------------
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        """(n, H·hd) as (R, T, K, g·hd)."""
+        return rows.view(self.R, self.T, self.config.n_kv_heads, -1)
+
+    def _heads(self, heads: Tensor) -> Tensor:
+        """(R·K, T·g, hd) as (R, T, K, g·hd)."""
+        return heads.view(self.R, self.config.n_kv_heads, self.T, -1).transpose(1, 2)
+
+
+def _add(total: Tensor, a: Tensor, b: Tensor, first: bool, factor: float = 1.0) -> None:
+    torch.baddbmm(total, a, b, beta=0.0 if first else 1.0, alpha=factor, out=total)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """The same memory for numpy, which has no bfloat16."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+class _Arrays:
+    """The tensors of a worker as numpy sees them, under the same names."""
+
+    def __init__(self, worker: _Worker) -> None:
+        for name, value in vars(worker).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, _array(value))
+            elif name in ("weights", "dweights"):
+                setattr(self, name, _nested(value))
+        self.gains = _array(worker.w.gains)
+
+    def __getattr__(self, name: str) -> Any:  # for type checkers: the names are those of the worker
+        raise AttributeError(name)
+
+
+def _nested(value: Any) -> Any:
+    return [_nested(one) for one in value] if isinstance(value, list) else _array(value)
