@@ -23,6 +23,7 @@ from babyllama.data.batches import IGNORE
 from babyllama.model import Config, Llama, rope_tables
 from babyllama.train import kernels
 from babyllama.train.recipe import Plan
+from babyllama.train.step import dropout_keys
 
 QUERIES = 256  # positions whose scores are computed at once: nothing is computed above the last of them
 
@@ -33,16 +34,17 @@ class CPUStep:
     def __init__(self, model: Llama, plan: Plan) -> None:
         self.config, self.model = model.config, model
         self.dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
-        self.dropout, self.seed = plan.dropout, plan.seed
+        self.plan = plan
         self._flatten()
         count = max(1, min(plan.threads, plan.batch_size))
         ends = [plan.batch_size * (i + 1) // count for i in range(count)]
         self.rows = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
         self.working = torch.empty(self.multiplied, dtype=self.dtype)
         self.parts = torch.empty(count, self.multiplied, dtype=self.dtype)
-        views = Weights(self.config, self.working, self.gains, self.table)
+        embedded = torch.empty_like(self.table) if plan.embedding_norm else self.table
+        self.weights = Weights(self.config, self.working, self.gains, embedded)
         self.workers = [
-            _Worker(self.config, plan.context, rows.stop - rows.start, views, part, self.dtype)
+            _Worker(self.config, plan.context, rows, self.weights, part, self.dtype)
             for rows, part in zip(self.rows, self.parts, strict=True)
         ]
         self.pool = ThreadPoolExecutor(count)
@@ -77,27 +79,37 @@ class CPUStep:
         self.dgains = self.gradients[embedding:].view(gains, -1)
         self.dtable = model.tok_embeddings.weight.grad
 
-    def __call__(self, tokens: Tensor, targets: Tensor, counted: int, step: int = 0, more: bool = False) -> float:
-        """Nats per counted target of a batch (B, T); the gradients are in `.grad`, on top of what is there if `more`."""
+    def __call__(self, tokens: Tensor, targets: Tensor, counted: int, step: int, part: int = 0) -> float:
+        """Nats of a batch (B, T) by the targets counted in all parts of a step; the gradients are in `.grad`.
+
+        `part` 0 begins a step, the later ones add to its gradients.
+        """
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a worker's own products
+        torch.set_num_threads(1)  # for each worker's own products
         try:
             tasks = range(len(self.workers))
-            list(self.pool.map(self._cast, tasks))
-            nats = list(self.pool.map(lambda i: self._work(i, tokens, targets, counted), tasks))
-            list(self.pool.map(lambda i: self._gather(i, more), tasks))
-            self._gather_rest(more)
+            if part == 0:
+                list(self.pool.map(self._refresh, tasks))
+            keys = dropout_keys(self.plan, step, part)
+            nats = list(self.pool.map(lambda i: self._work(i, tokens, targets, counted, keys), tasks))
+            list(self.pool.map(lambda i: self._gather(i, part > 0), tasks))
+            self._gather_rest(part > 0)
         finally:
             torch.set_num_threads(threads)
         return sum(nats) / counted
 
-    def _cast(self, i: int) -> None:
+    def _refresh(self, i: int) -> None:
+        """Bring the weights that are multiplied with up to date."""
         self.working[self.slices[i]] = self.flat[self.slices[i]]
+        if i == 0 and self.plan.embedding_norm:
+            self.table_rms = (self.table.square().mean(-1) + self.config.norm_eps).rsqrt()
+            torch.mul(self.table, self.table_rms[:, None], out=self.weights.table)
 
-    def _work(self, i: int, tokens: Tensor, targets: Tensor, counted: int) -> float:
+    def _work(self, i: int, tokens: Tensor, targets: Tensor, counted: int, keys: list[int]) -> float:
         rows, worker = self.rows[i], self.workers[i]
         worker.tokens[:] = tokens[rows].flatten()
         worker.targets[:] = targets[rows].flatten()
+        worker.dropout = Dropout(keys, self.plan.dropout)
         worker.forward()
         nats = worker.loss(1.0 / counted)
         worker.backward()
@@ -111,11 +123,29 @@ class CPUStep:
         tied = self.model.lm_head is None
         if not more:
             self.dgains.zero_()
-            if not tied:  # tied: the head's gradient is there already
-                self.dtable.zero_()
+        if not more and not tied:  # tied: the head's gradient is there already
+            self.dtable.zero_()
+        looked_up = torch.zeros_like(self.dtable) if self.plan.embedding_norm else self.dtable
         for worker in self.workers:
             self.dgains += worker.dgains
-            kernels.add_rows(_array(worker.tokens), worker.np.dx, _array(self.dtable))
+            kernels.add_rows(_array(worker.tokens), worker.np.dx, _array(looked_up))
+        if self.plan.embedding_norm:
+            ones, unused = torch.ones(self.config.dim), torch.zeros(self.config.dim)
+            given, table, rms = _array(looked_up), _array(self.table), _array(self.table_rms)
+            kernels.norm_backward(given, table, rms, _array(ones), _array(self.dtable), given, _array(unused))
+
+
+class Dropout:
+    """Which numbers of each residual branch are dropped: site 0 is the embedding, then each layer's two branches."""
+
+    def __init__(self, keys: list[int], rate: float) -> None:
+        self.keys = [np.uint32(key) for key in keys]
+        self.threshold, self.scale = np.uint32(rate * 2**32), np.float32(1 / (1 - rate))
+        self.on = rate > 0
+
+    def __call__(self, x: np.ndarray, first: int, site: int) -> None:
+        if self.on:
+            kernels.dropout(x, first, self.keys[site], self.threshold, self.scale)
 
 
 class Weights:
@@ -137,8 +167,12 @@ class Weights:
 class _Worker:
     """Some rows, all the way. Every tensor that a kernel touches has a numpy view of the same memory in `np`."""
 
-    def __init__(self, config: Config, T: int, R: int, weights: Weights, part: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Config, T: int, rows: slice, weights: Weights, part: Tensor, dtype: torch.dtype
+    ) -> None:
+        R = rows.stop - rows.start
         self.config, self.T, self.R, self.w = config, T, R, weights
+        self.first = rows.start * T * config.dim  # numbers of the batch's residual stream before this worker's
         D, F, V, L = config.dim, config.hidden_dim, config.vocab_size, config.n_layers
         H, K, hd = config.n_heads, config.n_kv_heads, config.head_dim
         n, g, states = R * T, H // K, 2 * L + 1
@@ -161,6 +195,7 @@ class _Worker:
         self.branch = make(n, D)
         self.gate_up, self.product = make(L, n, 2 * F), make(L, n, F)
         self.logits = make(n, V)
+        self.dropout = Dropout([], 0.0)
         self.dx, self.dx_rounded, self.dy = make(n, D, dtype=f32), make(n, D), make(n, D)
         self.dproduct, self.dheads = make(n, F), make(n, H * hd)
         self.dq, self.dk, self.dv = make(R * K, T * g, hd), make(R * K, T, hd), make(R * K, T, hd)
@@ -177,6 +212,7 @@ class _Worker:
     def forward(self) -> None:
         w, a = self.w, self.np
         torch.index_select(w.table, 0, self.tokens, out=self.x[0])
+        self.dropout(a.x[0], self.first, 0)
         self.branch.zero_()
         self._norm(0)
         for l in range(self.config.n_layers):
@@ -185,10 +221,12 @@ class _Worker:
             self._attend(l)
             self._rows(self.heads[l]).copy_(self._heads(self.by_head))
             torch.mm(self.heads[l], w.wo[l].t(), out=self.branch)
+            self.dropout(a.branch, self.first, 2 * l + 1)
             self._norm(2 * l + 1)
             torch.mm(self.y[2 * l + 1], w.gate_up[l].t(), out=self.gate_up[l])
             kernels.swiglu(a.gate_up[l], a.product[l])
             torch.mm(self.product[l], w.w_down[l].t(), out=self.branch)
+            self.dropout(a.branch, self.first, 2 * l + 2)
             self._norm(2 * l + 2)
         torch.mm(self.y[-1], w.head.t(), out=self.logits)
 
@@ -221,12 +259,14 @@ class _Worker:
         torch.mm(self.logits, w.head, out=self.dy)
         self._norm_backward(-1)
         for l in reversed(range(self.config.n_layers)):
+            self.dropout(a.dx_rounded, self.first, 2 * l + 2)
             torch.mm(self.dx_rounded.t(), self.product[l], out=g.w_down[l])
             torch.mm(self.dx_rounded, w.w_down[l], out=self.dproduct)
             kernels.swiglu_backward(a.gate_up[l], a.dproduct)  # gate_up is now its gradient
             torch.mm(self.gate_up[l].t(), self.y[2 * l + 1], out=g.gate_up[l])
             torch.mm(self.gate_up[l], w.gate_up[l], out=self.dy)
             self._norm_backward(2 * l + 1)
+            self.dropout(a.dx_rounded, self.first, 2 * l + 1)
             torch.mm(self.dx_rounded.t(), self.heads[l], out=g.wo[l])
             torch.mm(self.dx_rounded, w.wo[l], out=self.dheads)
             self._heads(self.by_head).copy_(self._rows(self.dheads))
@@ -235,6 +275,7 @@ class _Worker:
             torch.mm(self.qkv.t(), self.y[2 * l], out=g.qkv[l])
             torch.mm(self.qkv, w.qkv[l], out=self.dy)
             self._norm_backward(2 * l)
+        self.dropout(a.dx, self.first, 0)
 
     def _norm_backward(self, i: int) -> None:
         a = self.np

@@ -1,0 +1,116 @@
+"""The loss of a step and its gradients, by PyTorch's own differentiation, on any device.
+
+What training does to the model beyond model.py hangs on it from outside, as hooks: dropout on what each branch adds to
+the residual stream, and a norm after the embedding. Both leave a plain Llama behind: dropout does nothing afterwards,
+and the norm is folded into the embedding's rows (`folded`). On a CPU the same is computed several times as fast by cpu.py.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from babyllama.data.batches import IGNORE
+from babyllama.model import Llama
+from babyllama.train.recipe import Plan
+
+
+class Step(Protocol):
+    """One batch after another; what a loop needs to know of how it is differentiated."""
+
+    def __call__(self, tokens: Tensor, targets: Tensor, counted: int, step: int, part: int = 0) -> float:
+        """Nats of a batch (B, T) by the targets counted in all parts of a step; the gradients are in `.grad`.
+
+        `part` 0 begins a step, the later ones add to its gradients.
+        """
+        ...
+
+
+class PlainStep:
+    """model.py, differentiated by PyTorch."""
+
+    def __init__(self, model: Llama, plan: Plan) -> None:
+        self.model, self.plan = model, plan
+        self.keys: list[int] = []  # of dropout, in this step
+        branches = [part for layer in model.layers for part in (layer.attention, layer.feed_forward)]
+        self.sites = {module: site for site, module in enumerate([model.tok_embeddings, *branches])}
+
+    def __call__(self, tokens: Tensor, targets: Tensor, counted: int, step: int, part: int = 0) -> float:
+        if part == 0:
+            self.model.zero_grad()
+        self.keys = dropout_keys(self.plan, step, part)
+        hooks = [module.register_forward_hook(self._after) for module in self.sites]
+        try:
+            loss = loss_sum(products(self.model, tokens, self.plan), targets) / counted
+            loss.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return loss.item()
+
+    def _after(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        site = self.sites[module]
+        if site == 0 and self.plan.embedding_norm:
+            output = F.rms_norm(output, output.shape[-1:], eps=self.model.config.norm_eps)
+        if self.plan.dropout > 0:
+            output = output * dropout_mask(output, self.keys[site], self.plan.dropout)
+        return output
+
+
+def products(model: Llama, tokens: Tensor, plan: Plan) -> Tensor:
+    """The model's logits, with matrix products in the plan's precision."""
+    with torch.autocast(plan.device.partition(":")[0], torch.bfloat16, enabled=plan.precision == "bfloat16"):
+        return model(tokens)
+
+
+def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed over the targets that are not IGNORE, in float32."""
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+# ---- dropout, a function of (seed, step, part, place) --------------------------------------------
+
+
+def dropout_keys(plan: Plan, step: int, part: int) -> list[int]:
+    """32 bits for each site: the embedding, then each layer's attention and feed-forward."""
+    sites = 2 * plan.model.n_layers + 1 if plan.dropout > 0 else 0
+    names = (f"dropout {plan.seed} {step} {part} {site}" for site in range(sites))
+    return [int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little") for name in names]
+
+
+def dropout_mask(like: Tensor, key: int, rate: float) -> Tensor:
+    """0 where a number is dropped, 1 / (1 - rate) elsewhere: kernels.random_bits of the number's place in the batch."""
+    bits = torch.arange(like.numel(), device=like.device)
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+        bits = bits ^ key
+        bits = ((bits ^ (bits >> 16)) * multiplier) & 0xFFFFFFFF
+        bits = bits ^ (bits >> 15)
+    return ((bits >= int(rate * 2**32)).to(like.dtype) / (1 - rate)).view(like.shape)
+
+
+# ---- the norm after the embedding ----------------------------------------------------------------
+
+
+def fold(embedding: Tensor, eps: float) -> Tensor:
+    """The rows that a norm after the embedding would give: with them, the model without that norm is the same."""
+    return embedding * (embedding.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+@contextmanager
+def folded(model: Llama, plan: Plan) -> Iterator[Llama]:
+    """The model as the plain Llama that it will be saved as; in training again afterwards."""
+    weight = model.tok_embeddings.weight
+    trained = weight.detach().clone()
+    with torch.no_grad():
+        if plan.embedding_norm:
+            weight.copy_(fold(weight, model.config.norm_eps))
+        try:
+            yield model
+        finally:
+            weight.copy_(trained)
