@@ -218,6 +218,9 @@ class TrainingScreen:
             self.task, completed=event.progress, description=" · ".join(filter(None, parts.values()))
         )
 
+    def _skipped(self, event: Any) -> None:
+        note(f"step {event.step:>6,}   skipped: loss or gradient not finite, from {event.began}")
+
     def _evaluated(self, event: Any) -> None:
         self.bits = event.score.bits_per_byte
         best = "  [green]best so far[/green]" if event.best else ""

@@ -4,6 +4,7 @@
       run.json          what was asked for; written once, never changed
       data/             the prepared text, when the run prepared it itself
       metrics.jsonl     one line for each report of the training loop
+      skipped-00001187.safetensors   the rows of a step that was not finite
       step-00001200/    a saved step: a Hugging Face folder with our state beside it
         model.safetensors  config.json  generation_config.json  tokenizer.json  ...
         optim.safetensors  state.json  manifest.json
@@ -40,6 +41,7 @@ from babyllama.errors import InputError, MachineError
 RUN_JSON, METRICS, STATE = "run.json", "metrics.jsonl", "state.json"
 STEP_NAME = re.compile(r"step-(\d{8})")
 OURS = {".lock", ".owner.json", "data"}  # what may stand in a run folder before the run has started
+KEEP_SKIPPED = 4  # of the steps that were not finite, the newest
 KEEP_AT_LEAST = 2  # with one, a step that turns out to be damaged would be the only one
 
 
@@ -177,6 +179,12 @@ class Run:
             f"no saved step is intact: {reasons}",
             "restore the folder from a copy, or start a new run",
         )
+
+    def keep_skipped(self, step: int, rows: bytes) -> None:
+        """Keep the rows of a skipped step, and of the few before it. Raises MachineError E401 or E403."""
+        replace_file(self.path / f"skipped-{step:08d}.safetensors", rows)
+        for old in sorted(self.path.glob("skipped-*.safetensors"))[:-KEEP_SKIPPED]:
+            old.unlink(missing_ok=True)
 
     # ---- metrics and lock --------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from babyllama.checkpoint.run import METRICS, Run
 from babyllama.data.batches import IGNORE, Batches
 from babyllama.data.corpus import Corpus
 from babyllama.errors import BabyLlamaError, InputError, MachineError, NumericalError
-from babyllama.model import Llama
+from babyllama.model import Llama, Tap, no_tap, tap_names
 from babyllama.train.evaluate import Score, score
 from babyllama.train.optim import adamw, learning_rate, load_optimizer, optimizer_tensors
 from babyllama.train.recipe import Plan
@@ -38,6 +38,7 @@ from babyllama.train.recipe import Plan
 OPTIMIZER = "optim.safetensors"
 RECORDS = 200  # steps that metrics.jsonl tells of, evenly over a run
 RESERVED = 0.03  # of a time budget, for the last evaluation and the last save
+SKIPS = 3  # steps in a row that are not finite; that many end the run
 
 # ---- what the loop tells ------------------------------------------------------------------------
 
@@ -59,6 +60,17 @@ class Stepped:
     seconds: float  # of wall clock used so far
     seconds_left: float
     memory: int | None  # bytes, the most this process has held
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step whose loss or gradient was not finite. It changed no weight; the rows of the next step are others."""
+
+    step: int
+    loss: float  # this and the next may be finite, but not both
+    gradient_norm: float
+    began: str  # where the first value that is not finite stood, as "layers.1.feed_forward.up"
+    in_a_row: int  # skipped steps up to this one
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ class Outcome:
     stopped_by: int | None  # signal number
 
 
-Event = Started | Stepped | Evaluated | Saved
+Event = Started | Stepped | Skipped | Evaluated | Saved
 Tell = Callable[[Event], None]
 
 
@@ -104,8 +116,9 @@ def train(
 
     `tell` hears of every step; `sample` writes a text with the model at each evaluation. The caller holds the lock.
 
-    Raises InputError E207 (no saved step is intact; or E2xx for the `step` asked for), NumericalError E501 (a loss or
-    a gradient is not finite; the last good save stays), MachineError E401, E403 (cannot save), E404 (memory).
+    Raises InputError E207 (no saved step is intact; or E2xx for the `step` asked for), NumericalError E501 (SKIPS steps
+    in a row, or the weights themselves, are not finite; what was saved stays), MachineError E401, E403 (cannot save),
+    E404 (memory).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
@@ -134,6 +147,7 @@ class _Training:
         self.byte_lengths = corpus.tokenizer.byte_lengths()
         self.after_bos = corpus.tokenizer.bos_id, corpus.tokenizer.byte_lengths(corpus.tokenizer.bos_id)
         self.step, self.seconds, self.best_bits = 0, 0.0, math.inf
+        self.skipped, self.skipped_in_a_row = 0, 0
         self.evaluated: Score | None = None  # at this very step
 
     # ---- state ---------------------------------------------------------------------------------
@@ -175,8 +189,12 @@ class _Training:
         self.model.to(self.plan.device)
         self.optimizer = adamw(self.model, self.plan)
         try:
-            load_optimizer(self.model, self.optimizer, load_safetensors((folder / OPTIMIZER).read_bytes()))
+            moments = load_safetensors((folder / OPTIMIZER).read_bytes())
+            if moments:  # there are none when every step so far was skipped
+                load_optimizer(self.model, self.optimizer, moments)
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.skipped = int(state.get("skipped", 0))  # not in states of earlier versions
+            self.skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
             self.best_bits = float(
                 state["best_bits_per_byte"] if state["best_bits_per_byte"] is not None else math.inf
             )
@@ -187,8 +205,12 @@ class _Training:
             ) from None
 
     def save(self) -> None:
+        """Save this step. Raises NumericalError E501, and writes nothing, when a tensor of it is not finite."""
+        self._refuse_not_finite()
         state = {
             "step": self.step,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds,
             "done": self.progress >= 1,
             "bits_per_byte": self.evaluated.bits_per_byte if self.evaluated else None,
@@ -224,6 +246,7 @@ class _Training:
         self.restore(wanted)
         clock, recent = time.perf_counter(), [(time.perf_counter(), self.step)]
         last_save, saved = clock, self.step
+        save_due = evaluation_due = False
         while self.progress < 1 and not caught:
             before = self.progress
             rate = learning_rate(self.plan, before)
@@ -239,21 +262,25 @@ class _Training:
                 / max(1e-9, recent[-1][0] - recent[0][0])
             )
             left = self.seconds_left(speed)
-            stepped = Stepped(
-                self.step, min(1.0, self.progress), loss, norm, rate, speed, self.seconds, left, peak_memory()
-            )
-            self.tell(stepped)
-            if self._due(before, RECORDS):
-                self._record(event="step", **asdict(stepped))
-            if self._due(before, self.plan.evaluations):
-                self.evaluate()
+            if not self.skipped_in_a_row:
+                done, memory = min(1.0, self.progress), peak_memory()
+                stepped = Stepped(self.step, done, loss, norm, rate, speed, self.seconds, left, memory)
+                self.tell(stepped)
+                if self._due(before, RECORDS):
+                    self._record(event="step", **asdict(stepped))
+            evaluation_due |= self._due(before, self.plan.evaluations)
             if self.plan.save_every:
-                due = self.step % self.plan.save_every == 0
+                save_due |= self.step % self.plan.save_every == 0
             else:
-                due = now - last_save > self.plan.save_seconds
-            if due or self.evaluated is not None:
+                save_due |= now - last_save > self.plan.save_seconds
+            if self.skipped_in_a_row and self.progress < 1:
+                continue  # what is due waits for a good step, so that bad ones push no good save out
+            if evaluation_due:
+                self.evaluate()
+            if save_due or evaluation_due:
                 self.save()
                 last_save, saved = time.perf_counter(), self.step
+                save_due = evaluation_due = False
         if self.progress < 1:
             if self.step > 0 and self.step != saved:  # at 0 there is nothing that a new start would not make
                 self.save()
@@ -266,6 +293,8 @@ class _Training:
 
     def take_step(self, rate: float) -> tuple[float, float]:
         """One update. Returns the loss in nats per target token and the norm of the gradient before clipping.
+
+        If one of these is not finite, nothing is updated: the step is skipped.
 
         The gradient is that of the mean over all target tokens of the step, however they are spread over batches: each
         batch's sum is divided by the number of all of them, since a mean of means would weigh short batches more.
@@ -281,22 +310,27 @@ class _Training:
             part = loss_sum(self.logits(some), wanted) / counted
             part.backward()
             loss += part.item()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip or math.inf))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise self._not_finite(loss)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if math.isfinite(loss) and bool(norm.isfinite()):
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.plan.clip or math.inf, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(loss, float(norm), tokens, targets)
         self.optimizer.zero_grad()
-        return loss, norm
+        return loss, float(norm)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, tap: Tap = no_tap) -> Tensor:
         """The model's answer, with matrix products in the plan's precision."""
         kind = self.plan.device.partition(":")[0]
         with torch.autocast(kind, torch.bfloat16, enabled=self.plan.precision == "bfloat16"):
-            return self.model(tokens)
+            return self.model(tokens, tap=tap)
 
     def evaluate(self) -> None:
+        self._refuse_not_finite()
         scored = self._score(self.logits, self.plan.evaluation_tokens)
         best, self.best_bits = (
             scored.bits_per_byte < self.best_bits,
@@ -315,19 +349,71 @@ class _Training:
 
     def _score(self, logits: Callable[[Tensor], Tensor], max_tokens: int | None) -> Score:
         ids = np.asarray(self.corpus.val_ids)
-        return score(
+        scored = score(
             logits, ids, self.byte_lengths, self.plan.context, max_tokens, self.plan.device, self.after_bos
         )
+        if not math.isfinite(scored.bits_per_byte):
+            raise self._not_finite(f"bits per byte on validation are {scored.bits_per_byte}")
+        return scored
+
+    # ---- numbers that are none -----------------------------------------------------------------
+
+    def _skip(self, loss: float, norm: float, tokens: Tensor, targets: Tensor) -> None:
+        """Count the step under way as skipped, and keep its rows. Raises NumericalError E501 after SKIPS in a row."""
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        began = self._began(tokens, targets)
+        skipped = Skipped(self.step + 1, loss, norm, began, self.skipped_in_a_row)
+        self._record(event="skipped", **asdict(skipped) | {"loss": str(loss), "gradient_norm": str(norm)})
+        about = {**asdict(skipped), "batch": self.step, "seed": self.plan.seed}
+        rows = save_safetensors(
+            {"tokens": tokens.cpu(), "targets": targets.cpu()},
+            {key: str(value) for key, value in about.items()},
+        )
+        with suppress(MachineError, OSError):  # a report that cannot be written is no reason to stop training
+            self.run.keep_skipped(skipped.step, rows)
+        self.tell(skipped)
+        if self.skipped_in_a_row >= SKIPS:
+            found = (
+                f"the last {SKIPS} steps are not finite (loss {loss}, gradient {norm}), beginning at {began}"
+            )
+            raise self._not_finite(found, skipped.step)
+
+    @torch.no_grad()
+    def _began(self, tokens: Tensor, targets: Tensor) -> str:
+        """Where the first value that is not finite stands: forward through the model, then back through gradients."""
+        names, firsts = tap_names(self.plan.model), []
+
+        def look(name: str, value: Tensor) -> Tensor:
+            if not name.endswith("masked_scores") and not value.isfinite().all():  # those are -inf on purpose
+                found.append(name)
+            return value
+
+        losses_are_finite = True
+        for row, wanted in zip(tokens.split(1), targets.split(1), strict=True):
+            found: list[str] = []
+            losses_are_finite &= bool(loss_sum(self.logits(row, tap=look), wanted).isfinite())
+            firsts += found[:1]
+        if firsts:
+            return min(firsts, key=names.index)
+        if not losses_are_finite:
+            return "the loss"
+        for name, weight in reversed(list(self.model.named_parameters())):
+            if weight.grad is not None and not weight.grad.isfinite().all():
+                return f"the gradient of {name}"
+        return "nothing that happens again"
+
+    def _refuse_not_finite(self) -> None:
+        """Raises NumericalError E501 when a weight, or what the optimiser remembers of it, is not finite."""
+        memory = optimizer_tensors(self.model, self.optimizer)
+        for name, tensor in [*self.model.state_dict().items(), *memory.items()]:
+            if not tensor.isfinite().all():
+                raise self._not_finite(f"{name} is not finite, so this step is not saved")
+
+    def _not_finite(self, found: str, step: int | None = None) -> NumericalError:
+        fix = f"start a new run with a lower learning rate:  --set learning_rate={self.plan.learning_rate / 4:.2g}"
+        return NumericalError("E501", f"step {self.step if step is None else step}", found, fix)
 
     # ---- small things --------------------------------------------------------------------------
-
-    def _not_finite(self, loss: float) -> NumericalError:
-        gradients = (
-            (name, weight.grad) for name, weight in self.model.named_parameters() if weight.grad is not None
-        )
-        first = next((name for name, grad in gradients if not bool(torch.isfinite(grad).all())), "the loss")
-        fix = f"start a new run with a lower learning rate:  --set learning_rate={self.plan.learning_rate / 4:.2g}"
-        return NumericalError("E501", f"step {self.step}", f"loss {loss}, and not finite: {first}", fix)
 
     def _record(self, **values: Any) -> None:
         """A line for metrics.jsonl. A report that cannot be written is no reason to stop training."""

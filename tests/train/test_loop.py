@@ -4,19 +4,21 @@ import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from babyllama import api
 from babyllama.checkpoint.run import Run
-from babyllama.data.batches import IGNORE
+from babyllama.data.batches import IGNORE, Batches
 from babyllama.errors import BabyLlamaError, InputError, MachineError, NumericalError
 from babyllama.model import Config, Llama
 from babyllama.train import loop
-from babyllama.train.loop import Evaluated, Outcome, Saved, Started, Stepped
+from babyllama.train.loop import Evaluated, Outcome, Saved, Skipped, Started, Stepped
 from babyllama.train.recipe import Plan
 
 SMALL = {
@@ -224,19 +226,212 @@ def test_a_learning_rate_of_zero_changes_nothing(corpus, tmp_path):
 # ---- when something breaks -----------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_tensor(prepared, tmp_path, monkeypatch):
-    def broken(self, rate):
-        if self.step == 10:
-            self.model.layers[1].feed_forward.w_up.weight.data[0, 0] = float("nan")
-        return take_step(self, rate)
+def before_steps(monkeypatch, do):
+    """Call do(training) before each step."""
 
-    take_step = loop._Training.take_step
-    monkeypatch.setattr(loop._Training, "take_step", broken)
+    def take_step(self, rate):
+        do(self)
+        return real(self, rate)
+
+    real = loop._Training.take_step
+    monkeypatch.setattr(loop._Training, "take_step", take_step)
+
+
+def spoil_gradients(monkeypatch, steps, value=float("nan"), name="layers.0.attention.wo.weight"):
+    """One value in the gradient of one weight, at these steps (counted from 1)."""
+
+    def take_step(self, rate):
+        if self.step + 1 not in steps:
+            return real(self, rate)
+        weight = dict(self.model.named_parameters())[name]
+        handle = weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(3), value))
+        try:
+            return real(self, rate)
+        finally:
+            handle.remove()
+
+    real = loop._Training.take_step
+    monkeypatch.setattr(loop._Training, "take_step", take_step)
+
+
+def spoil_weight(at, change):
+    """change(model) before the step of this number, counted from 1."""
+    return lambda training: change(training.model) if training.step + 1 == at else None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "began"),
+    [
+        (lambda m: m.layers[1].feed_forward.w_up.weight, "layers.1.feed_forward.up"),
+        (lambda m: m.layers[0].attention.wk.weight, "layers.0.attention.k"),
+        (lambda m: m.layers[1].ffn_norm.weight, "layers.1.ffn_norm.output"),
+        (lambda m: m.norm.weight, "norm.output"),
+        (lambda m: m.lm_head.weight, "logits"),
+    ],
+)
+def test_three_steps_that_are_not_finite_end_the_run_and_name_where_it_began(
+    prepared, tmp_path, monkeypatch, spoil, began
+):
+    def change(model):
+        spoil(model).data.view(-1)[0] = float("nan")
+
+    before_steps(monkeypatch, spoil_weight(11, change))
     with pytest.raises(NumericalError) as caught:
         train(prepared, tmp_path / "run")
-    assert caught.value.code == "E501" and "step 10" in caught.value.where
+    assert caught.value.code == "E501" and caught.value.where == "step 13"
+    assert f"beginning at {began}" in caught.value.found and "learning_rate" in caught.value.fix
     run = Run(tmp_path / "run")
-    assert run.steps() == [4, 8] and run.newest_intact()[0] == 8
+    assert run.steps() == [4, 8] and run.newest_intact() == (8, [])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["layers.0.attention.wo.weight", "tok_embeddings.weight", "norm.weight"])
+def test_of_gradients_the_one_nearest_the_output_is_named(prepared, tmp_path, monkeypatch, name, value):
+    spoil_gradients(monkeypatch, range(3, 99), value, name)
+    with pytest.raises(NumericalError) as caught:
+        train(prepared, tmp_path / "run")
+    assert caught.value.where == "step 5" and f"the gradient of {name}" in caught.value.found
+
+
+def test_a_loss_that_is_not_finite_is_named_when_all_before_it_is(prepared, tmp_path, monkeypatch):
+    real = loop.loss_sum
+    monkeypatch.setattr(loop, "loss_sum", lambda logits, targets: real(logits, targets) / 0)
+    with pytest.raises(NumericalError) as caught:
+        train(prepared, tmp_path / "run")
+    assert caught.value.where == "step 3" and "beginning at the loss" in caught.value.found
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_told_and_kept(prepared, tmp_path, monkeypatch, corpus):
+    state = {}
+
+    def look(training):
+        tensors = {
+            **training.model.state_dict(),
+            **loop.optimizer_tensors(training.model, training.optimizer),
+        }
+        state[training.step] = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    spoil_gradients(monkeypatch, {7})
+    before_steps(monkeypatch, look)
+    events = []
+    run = train(prepared, tmp_path / "run", tell=events.append)
+    assert state[6].keys() == state[7].keys()
+    assert all(torch.equal(tensor, state[7][name]) for name, tensor in state[6].items()), (
+        "nothing was learned"
+    )
+    assert any(not torch.equal(tensor, state[8][name]) for name, tensor in state[7].items())
+
+    skipped = [event for event in events if isinstance(event, Skipped)]
+    assert [(event.step, event.in_a_row) for event in skipped] == [(7, 1)]
+    assert np.isfinite(skipped[0].loss) and np.isnan(skipped[0].gradient_norm)
+    steps = [event.step for event in events if isinstance(event, Stepped)]
+    assert steps == [each for each in range(1, STEPS + 1) if each != 7]
+    assert run.state(STEPS)["skipped"] == 1 and run.state(STEPS)["skipped_in_a_row"] == 0
+    lines = [line for line in run.metrics() if line["event"] == "skipped"]
+    assert [(line["step"], line["began"], line["gradient_norm"]) for line in lines] == [
+        (7, "the gradient of layers.0.attention.wo.weight", "nan")
+    ]
+    assert 7 not in [line["step"] for line in run.metrics() if line["event"] == "step"]
+
+    (path,) = run.path.glob("skipped-*")
+    with safe_open(path, "np") as file:
+        about, tokens, targets = file.metadata(), file.get_tensor("tokens"), file.get_tensor("targets")
+    assert about["step"] == "7" and about["batch"] == "6" and about["seed"] == "1"
+    assert about["began"] == "the gradient of layers.0.attention.wo.weight"
+    expected = Batches(corpus.train_ids, 32, 4, seed=1).batch(6)
+    assert (tokens == expected[0]).all() and (targets == expected[1]).all()
+
+
+def test_a_run_with_skipped_steps_in_it_resumes_to_the_same_bits(prepared, tmp_path, monkeypatch):
+    spoil_gradients(monkeypatch, {1, 6, 7, 12, 24})
+    whole = train(prepared, tmp_path / "whole")
+    for stop in (1, 7):  # in a row of them; only there does the count of those in a row matter
+
+        def terminate(event, stop=stop):
+            if isinstance(event, Skipped) and event.step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        run = train(prepared, tmp_path / f"stopped at {stop}", tell=terminate)
+        assert run.steps()[-1] == stop
+        with pytest.raises(PulledPlugError):
+            api.resume(run.path, tell=stop_at(12, Skipped))
+        api.resume(run.path)
+        assert final(run) == final(whole)
+        told = {"skipped", "skipped_in_a_row"}
+        assert {name: run.state(STEPS)[name] for name in told} == {"skipped": 5, "skipped_in_a_row": 1}
+        lines = [line["step"] for line in run.metrics() if line["event"] == "skipped"]
+        assert lines == [1, 6, 7, 12, 24]
+
+
+def test_a_resumed_run_remembers_how_many_steps_in_a_row_were_skipped(prepared, tmp_path, monkeypatch):
+    def terminate(event):
+        if isinstance(event, Skipped) and event.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    spoil_gradients(monkeypatch, {6, 7, 8})
+    run = train(prepared, tmp_path / "run", tell=terminate)
+    with pytest.raises(NumericalError) as caught:
+        api.resume(run.path)
+    assert caught.value.where == "step 8"
+
+
+def test_what_is_due_at_a_skipped_step_waits_for_a_good_one(prepared, tmp_path, monkeypatch):
+    events = []
+    spoil_gradients(monkeypatch, {8, 12, 13})
+    train(prepared, tmp_path / "run", tell=events.append)
+    assert [event.step for event in events if isinstance(event, Saved)] == [4, 9, 14, 16, 20, 24]
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [14, 24]
+
+
+def test_of_skipped_steps_the_newest_four_are_kept(prepared, tmp_path, monkeypatch):
+    spoil_gradients(monkeypatch, {2, 4, 6, 8, 10, 12})
+    run = train(prepared, tmp_path / "run")
+    kept = sorted(path.name for path in run.path.glob("skipped-*"))
+    assert kept == [f"skipped-{step:08d}.safetensors" for step in (6, 8, 10, 12)]
+
+
+@pytest.mark.parametrize("kind", ["weight", "memory"])
+def test_what_is_not_finite_is_never_saved_though_no_loss_shows_it(
+    prepared, tmp_path, monkeypatch, kind, corpus
+):
+    unseen = next(id for id in range(corpus.vocab_size) if id not in set(corpus.train_ids.tolist()))
+
+    def spoil(training):
+        if training.step == 9:
+            memory = loop.optimizer_tensors(training.model, training.optimizer)
+            squares = next(tensor for name, tensor in memory.items() if name.endswith("exp_avg_sq"))
+            tensor = training.model.tok_embeddings.weight.data[unseen] if kind == "weight" else squares
+            tensor.fill_(float("inf"))
+
+    before_steps(monkeypatch, spoil)
+    with pytest.raises(NumericalError) as caught:
+        train(prepared, tmp_path / "run", evaluations=0)
+    assert caught.value.code == "E501" and caught.value.where == "step 12"
+    assert "tok_embeddings.weight" in caught.value.found and "not saved" in caught.value.found
+    assert Run(tmp_path / "run").steps() == [4, 8]
+
+
+def test_a_clock_that_jumps_changes_nothing(prepared, tmp_path, monkeypatch, uninterrupted):
+    year, looks = 366 * 86400, []
+
+    def jumping():
+        looks.append(None)
+        return 1.7e9 + year * (-1) ** len(looks)
+
+    monkeypatch.setattr(time, "time", jumping)
+    events = []
+    with pytest.raises(PulledPlugError):
+        train(prepared, tmp_path / "run", tell=lambda event: (events.append(event), stop_at(17)(event)))
+    run = Run(tmp_path / "run")
+    for age, step in enumerate(run.steps()):  # the newest step is the oldest by its times
+        for path in [*run.folder(step).iterdir(), run.folder(step)]:
+            os.utime(path, (1e9 - age * year, 1e9 - age * year))
+    api.resume(run.path, tell=events.append)
+    started = [event.step for event in events if isinstance(event, Started)]
+    seconds = [event.seconds for event in events if isinstance(event, Stepped)]
+    assert started == [0, 16] and final(run) == final(uninterrupted)
+    assert all(0 <= each < 300 for each in seconds)
+    assert all(event.tokens_per_second > 0 for event in events if isinstance(event, Stepped))
 
 
 def test_a_full_disk_in_the_middle_of_a_save_loses_nothing(prepared, tmp_path, monkeypatch, uninterrupted):
