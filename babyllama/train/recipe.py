@@ -6,7 +6,7 @@ The rules are few and each stands beside its number; all of them can be overridd
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from babyllama import costs, machine
 from babyllama.errors import InputError, MachineError, UsageError
@@ -43,11 +43,25 @@ class Plan:
     accumulation: int = 1  # batches whose gradients are added up for one step
     steps: int = 0
     seconds: float = 0.0  # of wall clock, evaluations and saves included
-    learning_rate: float = 0.004  # at its peak
-    warmup: float = 0.05  # share of the run; then linear to 0
+    optimizer: Literal["adamw", "muon"] = "adamw"  # of the matrices; everything else has AdamW
+    learning_rate: float = 0.004  # of the matrices, at its peak
+    embedding_rate: float = 0.0  # of the token table, at its peak; 0: as learning_rate, with AdamW alone
+    head_rate: float = 0.0  # of the output matrix, if it is one of its own; 0: as above
+    gain_rate: float = 0.0  # of the norms; 0: as above
+    schedule: Literal["linear", "wsd", "cosine"] = "linear"  # of all rates, after the warm-up: optim.schedule
+    warmup: float = 0.05  # share of the run
+    decay: float = 0.6  # share of the run, its last, over which wsd goes down
+    final: float = 0.0  # share of their peak at which all rates end
     beta1: float = 0.9
     beta2: float = 0.98
-    weight_decay: float = 0.1  # of matrices; never of gains or of the vocabulary's
+    momentum: float = 0.95  # of Muon, by Nesterov
+    normuon: bool = False  # Muon, with rows made equally long over time
+    weight_decay: float = 0.1  # of matrices, times their rate; never of gains or of the vocabulary's
+    weight_decay_falls: bool = False  # along the schedule, besides the rate that it is multiplied with
+    cautious: bool = False  # only entries decay that their update, too, brings nearer to 0
+    average: float = 0.0  # half-life of the mean of the weights, as share of the run; 0: none is kept
+    dropout: float = 0.0  # share of the numbers that are left out
+    embedding_norm: bool = False  # normalise the token vectors; of untied models only
     clip: float = 1.0  # largest norm of the gradient; 0: not clipped
     seed: int = 1
     device: str = "cpu"
@@ -70,12 +84,35 @@ class Plan:
             "evaluation_tokens",
         ):
             self._require(name, 0 < getattr(self, name) < math.inf, "must be above 0")
-        for name in ("steps", "seconds", "weight_decay", "clip", "evaluations", "save_every", "save_seconds"):
+        for name in (
+            "steps",
+            "seconds",
+            "embedding_rate",
+            "head_rate",
+            "gain_rate",
+            "weight_decay",
+            "average",
+            "clip",
+            "evaluations",
+            "save_every",
+            "save_seconds",
+        ):
             self._require(name, 0 <= getattr(self, name) < math.inf, "must be 0 or above")
         self._require("batch_size", self.batch_size < 2**31, "must be below 2^31")
         self._require("seed", 0 <= self.seed < 2**63, "must be from 0 to 2^63 - 1")
-        for name in ("warmup", "beta1", "beta2"):
+        for name in ("warmup", "beta1", "beta2", "momentum", "dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
+        self._require("decay", 0 < self.decay <= 1, "must be above 0 and at most 1")
+        self._require("final", 0 <= self.final <= 1, "must be from 0 to 1")
+        if self.embedding_norm and self.model.tie_embeddings:
+            found = "the head of this model is its token table, and only tokens are normalised"
+            raise UsageError("E103", "embedding_norm", found, "leave it out, or train an untied model")
+        if self.normuon and self.optimizer != "muon":
+            raise UsageError("E103", "normuon", "is a part of Muon", "set optimizer=muon too")
+        own = ["embedding_rate", "gain_rate", *([] if self.model.tie_embeddings else ["head_rate"])]
+        if self.optimizer == "muon" and (missing := [name for name in own if not getattr(self, name)]):
+            found = "not given, and Muon's learning_rate fits nothing but matrices"
+            raise UsageError("E103", ", ".join(missing), found, "give each a rate, as head_rate=0.005")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -206,7 +243,7 @@ def parse_size(text: str) -> float:
 
 
 def _typed(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, as numbers of the type that Plan declares."""
+    """The settings, as values of the types that Plan declares."""
     kept = {}
     for name, value in settings.items():
         if name not in SETTINGS:
@@ -228,13 +265,14 @@ def _typed(settings: dict[str, Any]) -> dict[str, Any]:
                 raise UsageError(
                     "E102", f"--set {name}", f"is {value!r}, expected {expected}", "give a number"
                 ) from None
-        else:
-            kept[name] = str(value)
+            continue
+        words = {"true": True, "false": False} if kind is bool else {word: word for word in get_args(kind)}
+        if str(value).lower() not in words:
+            raise UsageError("E101", f"--set {name}", f"is {value!r}", f"choose {' or '.join(words)}")
+        kept[name] = words[str(value).lower()]
     if kept.get("threads", 1) > machine.logical_cores():
         found = f"is {kept['threads']}, this machine runs {machine.logical_cores()} at once"
         raise UsageError("E102", "--set threads", found, "choose fewer")
-    if kept.get("precision", "float32") not in ("float32", "bfloat16"):
-        raise UsageError("E101", "--set precision", f"is {kept['precision']!r}", "choose float32 or bfloat16")
     smallest = Config(vocab_size=1, dim=2, n_layers=1, n_heads=1)
     least: dict[str, Any] = {"context": 1, "batch_size": 1, **kept}
     Plan(model=smallest, steps=1, **least)  # refuses what is out of range

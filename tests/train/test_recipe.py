@@ -149,10 +149,15 @@ def test_what_is_no_size_is_refused(text):
 # ---- settings ------------------------------------------------------------------------------------
 
 OTHER = {
-    "context": 48, "batch_size": 3, "accumulation": 2, "learning_rate": 0.0123, "warmup": 0.25, "beta1": 0.8,
-    "beta2": 0.9, "weight_decay": 0.3, "clip": 2.5, "precision": "bfloat16",
-    "threads": 1, "evaluations": 3, "evaluation_tokens": 500, "save_every": 11, "save_seconds": 12.5,
+    "context": 48, "batch_size": 3, "accumulation": 2, "optimizer": "muon", "learning_rate": 0.0123,
+    "embedding_rate": 0.05, "head_rate": 0.007, "gain_rate": 0.006, "schedule": "wsd", "warmup": 0.25, "decay": 0.5,
+    "final": 0.1, "beta1": 0.8, "beta2": 0.9, "momentum": 0.9, "normuon": True, "weight_decay": 0.3,
+    "weight_decay_falls": True, "cautious": True, "average": 0.05, "dropout": 0.1, "embedding_norm": True,
+    "clip": 2.5, "precision": "bfloat16", "threads": 1, "evaluations": 3, "evaluation_tokens": 500, "save_every": 11,
+    "save_seconds": 12.5,
 }  # fmt: skip
+RATES = {name: OTHER[name] for name in ("embedding_rate", "head_rate", "gain_rate")}
+NEEDS = {"optimizer": RATES, "normuon": {"optimizer": "muon", **RATES}}  # settings that go only with others
 
 
 def test_every_setting_of_a_plan_is_tried_here():
@@ -162,13 +167,14 @@ def test_every_setting_of_a_plan_is_tried_here():
 @pytest.mark.parametrize("name", OTHER)
 @pytest.mark.parametrize("written", [str, lambda value: value], ids=["as text", "as it is"])
 def test_a_setting_reaches_the_plan_as_what_it_is(name, written):
-    chosen = planned(steps=9, settings={name: written(OTHER[name])})
+    needs = NEEDS.get(name, {})
+    chosen = planned(steps=9, settings={name: written(OTHER[name]), **needs})
     assert getattr(chosen, name) == OTHER[name] and type(getattr(chosen, name)) is type(OTHER[name])
     rest = planned(steps=9)
     if name == "context":
         assert chosen.model == replace(rest.model, max_seq_len=48)
     else:
-        assert chosen == replace(rest, **{name: OTHER[name]}), "and changes nothing else"
+        assert chosen == replace(rest, **{name: OTHER[name]}, **needs), "and changes nothing else"
 
 
 @pytest.mark.parametrize(
@@ -199,11 +205,68 @@ def test_a_setting_reaches_the_plan_as_what_it_is(name, written):
         ({"evaluation_tokens": 0}, "E102"),
         ({"save_every": -1}, "E102"),
         ({"threads": 0}, "E102"),
+        ({"optimizer": "sgd"}, "E101"),
+        ({"schedule": ""}, "E101"),
+        ({"cautious": "perhaps"}, "E101"),
+        ({"cautious": 1}, "E101"),
+        ({"normuon": None}, "E101"),
+        ({"normuon": "true"}, "E103"),
+        ({"embedding_rate": -1}, "E102"),
+        ({"head_rate": "inf"}, "E102"),
+        ({"gain_rate": "nan"}, "E102"),
+        ({"decay": 0}, "E102"),
+        ({"decay": 1.5}, "E102"),
+        ({"final": -0.1}, "E102"),
+        ({"final": 2}, "E102"),
+        ({"momentum": 1}, "E102"),
+        ({"average": -1}, "E102"),
+        ({"dropout": 1}, "E102"),
+        ({"dropout": -0.5}, "E102"),
     ],
 )
 def test_settings_that_are_unknown_or_ill_typed_have_a_code_and_their_name(settings, code):
     (name,) = settings
     assert name in refused(code, steps=9, settings=settings).where
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("optimizer", ["adamw", "muon"]),
+        ("schedule", ["linear", "wsd", "cosine"]),
+        ("precision", ["float32", "bfloat16"]),
+        ("cautious", ["true", "false"]),
+    ],
+)
+def test_a_word_that_is_none_of_a_settings_words_is_told_all_of_them(name, words):
+    said = refused("E101", steps=9, settings={name: "sideways"})
+    assert "sideways" in said.found and all(word in said.fix for word in words)
+    for word in words:
+        chosen = planned(steps=9, settings={**RATES, name: word})
+        assert getattr(chosen, name) == {"true": True, "false": False}.get(word, word)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_muon_needs_a_rate_for_each_role_that_is_not_its_own(tied):
+    model = Config(vocab_size=9, dim=8, n_layers=1, n_heads=1, tie_embeddings=tied)
+    needed = {name: rate for name, rate in RATES.items() if not (tied and name == "head_rate")}
+    Plan(model=model, context=8, batch_size=1, steps=1, optimizer="muon", **needed)
+    for name in needed:
+        rest = {other: rate for other, rate in needed.items() if other != name}
+        with pytest.raises(BabyLlamaError, match=name) as caught:
+            Plan(model=model, context=8, batch_size=1, steps=1, optimizer="muon", **rest)
+        assert caught.value.code == "E103"
+
+
+def test_token_vectors_are_normalised_only_where_the_head_is_another_matrix():
+    for tied in (False, True):
+        model = Config(vocab_size=9, dim=8, n_layers=1, n_heads=1, tie_embeddings=tied)
+        if not tied:
+            assert Plan(model=model, context=8, batch_size=1, steps=1, embedding_norm=True).embedding_norm
+            continue
+        with pytest.raises(BabyLlamaError) as caught:
+            Plan(model=model, context=8, batch_size=1, steps=1, embedding_norm=True)
+        assert caught.value.code == "E103"
 
 
 def test_an_unknown_setting_names_the_nearest():
@@ -280,13 +343,13 @@ def test_a_plan_written_down_and_read_is_the_same(scaling, tied):
         norm_eps=1e-6, rope_theta=5e5, rope_scaling=scaling, tie_embeddings=tied,
     )  # fmt: skip
     for end in ({"steps": 5}, {"seconds": 0.1}):
-        chosen = Plan(model=model, **end, **OTHER)
+        chosen = Plan(model=model, **end, **{**OTHER, "embedding_norm": not tied})
         again = plan_from_json(json.loads(json.dumps(plan_to_json(chosen))))
         assert again == chosen and type(again.model.rope_scaling) is type(scaling)
 
 
 def test_a_plan_of_a_later_version_is_refused_and_not_half_understood():
-    value = plan_to_json(planned(steps=9)) | {"dropout": 0.1}
-    with pytest.raises(BabyLlamaError, match="dropout") as caught:
+    value = plan_to_json(planned(steps=9)) | {"temperature": 0.1}
+    with pytest.raises(BabyLlamaError, match="temperature") as caught:
         plan_from_json(value)
     assert caught.value.code == "E101"
