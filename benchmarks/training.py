@@ -143,9 +143,12 @@ def throughput(given: argparse.Namespace) -> None:
     names = entered(given, peers.THROUGHPUT)
     for name in given.shape or list(SHAPES):
         shape = SHAPES[name]
-        before = {kind: matrix_peak(dtype) for kind, dtype in DTYPES.items()}
+        before = {kind: matrix_peak(dtype, seconds=given.seconds) for kind, dtype in DTYPES.items()}
         speeds = compare(shape, names, given.rounds, given.seconds)
-        peaks = {kind: max(before[kind], matrix_peak(dtype)) for kind, dtype in DTYPES.items()}
+        peaks = {
+            kind: max(before[kind], matrix_peak(dtype, seconds=given.seconds))
+            for kind, dtype in DTYPES.items()
+        }
         memory = {each: measure_memory(shape, each, torch.get_num_threads()) for each in names}
         print(
             f"\n{shape.batch_size} rows of {shape.context} tokens, {torch.get_num_threads()} threads, "
@@ -424,7 +427,7 @@ def quality(given: argparse.Namespace) -> None:
 
 def quality_table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| contestant | minutes | rate | bits per byte | steps | tokens/s, warm | model PFLOP | parameters "
+        "| contestant | minutes | rate | bits per byte | steps | tokens/s, warm | model TFLOP | parameters "
         "| vocabulary | context, bytes | seconds, cold | warm |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -436,7 +439,7 @@ def quality_table(results: list[dict[str, Any]]) -> str:
             f"{one['bits_per_byte']:.4f}",
             f"{one['steps']:,}",
             f"{one['tokens'] / one['warm']:,.0f}",
-            f"{one['flops'] / 1e15:.3f}",
+            f"{one['flops'] / 1e12:,.1f}",
             f"{one['parameters']:,}",
             f"{one['vocabulary']:,}",
             f"{one['context_bytes']:.0f}",

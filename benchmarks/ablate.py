@@ -1,0 +1,587 @@
+"""Which settings are worth having: ablations by paired seeds, at equal time, with confidence intervals.
+
+    python benchmarks/ablate.py vocabulary --text shakespeare fairy-tales --seconds 60 180
+    python benchmarks/ablate.py mine --cell "small steps: batch_size=4" --cell "large: batch_size=16"
+    python benchmarks/ablate.py vocabulary --table        only what was measured so far
+    python benchmarks/ablate.py --list                    the groups and their cells
+
+A cell is a set of settings; the first of a group is the baseline. Every cell is run with the seeds 1 to --seeds (first
+weights and order of the batches are functions of the seed), and the difference to the baseline is taken seed by seed.
+A run is a fresh process on one core with one thread, --jobs of them side by side, each on a core of its own; cells take
+turns, A B C, B C A, seed after seed. Its result, bits per byte of the whole validation text, is appended to
+RUNS/GROUP.jsonl at once, so an interrupted ablation goes on where it stopped.
+
+The budget is in processor seconds (time.process_time), which a busy machine changes little; --clock wall takes the
+clock on the wall. A plan knows seconds only of time.perf_counter, so in the process of the run that name is given the
+other clock while it trains; `training s` in the table is what the loop then counted. Preparing the text is outside.
+
+The shape is the one that babyllama plans for the baseline's vocabulary and budget, measured once on one thread, and
+the same for all cells but those that name another; so are the precision, the context and the rows. What follows from a
+size, such as the learning rate, is the recipe's for the cell's own. Besides the fields of Plan a cell may name
+
+    vocab_size        ids of the tokenizer                 shape   (dim, layers, heads)
+    tokens_per_step   rows = this over the context         init    "gpt2": normal 0.02, as in nanoGPT
+    tie_embeddings    the table is the output matrix too   size    parameters wished for
+
+A cell with a setting that this version does not know is reported as such, and the others are run. Every result names
+the code that it was found with (a hash of the package); a table of more than one says so.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import queue
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+PACKAGE = HERE.parents[1] / "babyllama"
+Settings = dict[str, Any]
+Line = dict[str, Any]
+OUTSIDE = ("vocab_size", "shape", "size", "tokens_per_step", "init", "tie_embeddings")  # no fields of Plan
+
+
+@dataclass(frozen=True)
+class Cell:
+    name: str
+    settings: Settings = field(default_factory=dict)
+
+
+MUON = {
+    "optimizer": "muon",
+    "learning_rate": 0.02,
+    "embedding_rate": 0.09,
+    "head_rate": 0.007,
+    "gain_rate": 0.007,
+}
+ADAMW = {  # one rate for all; 0 is "as learning_rate"
+    "optimizer": "adamw",
+    "learning_rate": 0.004,
+    "embedding_rate": 0.0,
+    "head_rate": 0.0,
+    "gain_rate": 0.0,
+}
+AS_IT_IS = Cell("as it is")
+
+# In the order in which they decide. Every baseline is what the recipe does by itself.
+GROUPS: dict[str, list[Cell]] = {
+    "start": [  # against the plainest of all
+        AS_IT_IS,
+        Cell(
+            "AdamW, GPT-2 init, tied, cosine",
+            {**ADAMW, "init": "gpt2", "tie_embeddings": True, "schedule": "cosine"},
+        ),
+    ],
+    "precision": [AS_IT_IS, *(Cell(kind, {"precision": kind}) for kind in ("float32", "bfloat16"))],
+    "vocabulary": [
+        AS_IT_IS,
+        Cell("bytes", {"vocab_size": 261}),  # the smallest: 256 bytes and 5 control tokens
+        *(Cell(f"{size:,}", {"vocab_size": size}) for size in (320, 512, 1024, 2048, 4096, 8192)),
+    ],
+    "first weights": [
+        AS_IT_IS,
+        Cell("GPT-2 init", {"init": "gpt2"}),
+        Cell("tied", {"tie_embeddings": True, "embedding_norm": False}),
+        Cell("with embedding norm", {"embedding_norm": True}),
+        Cell("without embedding norm", {"embedding_norm": False}),
+        *(Cell(f"embedding rate {rate:g}", {"embedding_rate": rate}) for rate in (0.004, 0.03, 0.1)),
+        *(Cell(f"head rate {rate:g}", {"head_rate": rate}) for rate in (0.002, 0.004, 0.008)),
+        *(Cell(f"gain rate {rate:g}", {"gain_rate": rate}) for rate in (0.004, 0.008)),
+    ],
+    "rates": [
+        AS_IT_IS,
+        *(Cell(f"AdamW {rate:g}", {**ADAMW, "learning_rate": rate}) for rate in (0.002, 0.004, 0.008)),
+        *(Cell(f"Muon {rate:g}", {**MUON, "learning_rate": rate}) for rate in (0.01, 0.02, 0.04)),
+    ],
+    "batch": [
+        AS_IT_IS,
+        *(
+            Cell(f"{name} {tokens:,}", {**optimizer, "tokens_per_step": tokens})
+            for name, optimizer in (("AdamW", ADAMW), ("Muon", MUON))
+            for tokens in (512, 1024, 2048, 4096, 8192)
+        ),
+    ],
+    "schedule": [
+        AS_IT_IS,
+        Cell("linear to 0", {"schedule": "linear", "final": 0.0}),
+        Cell("cosine to 10 %", {"schedule": "cosine", "final": 0.1}),
+        Cell("cosine to 0", {"schedule": "cosine", "final": 0.0}),
+        Cell("wsd, last 20 %", {"schedule": "wsd", "decay": 0.2}),
+        Cell("wsd, last 65 %", {"schedule": "wsd", "decay": 0.65}),
+        *(Cell(f"warm-up {100 * share:g} %", {"warmup": share}) for share in (0.0, 0.02, 0.1)),
+    ],
+    "size": [  # with --seconds 30 60 180 330
+        AS_IT_IS,
+        *(
+            Cell(f"{shape[0]} wide, {shape[1]} layers", {"shape": shape})
+            for shape in ((64, 2, 2), (96, 3, 3), (128, 4, 4), (160, 4, 5), (192, 5, 6), (256, 6, 8))
+        ),
+    ],
+    "context": [AS_IT_IS, *(Cell(f"{context} tokens", {"context": context}) for context in (64, 128, 256))],
+    "regularisation": [  # epochs are what --seconds makes of a text
+        AS_IT_IS,
+        *(
+            Cell(f"dropout {dropout:g}, decay {decay:g}", {"dropout": dropout, "weight_decay": decay})
+            for dropout in (0.0, 0.1, 0.2)
+            for decay in (0.0, 0.1, 0.5)
+        ),
+    ],
+    "small things": [  # effects below 1 %: --seeds 10
+        Cell("Muon", MUON),
+        AS_IT_IS,
+        Cell("Muon, cautious", {**MUON, "cautious": True}),
+        Cell("Muon, falling decay", {**MUON, "weight_decay_falls": True}),
+        Cell("Muon, normuon", {**MUON, "normuon": True}),
+        *(Cell(f"Muon, momentum {much:g}", {**MUON, "momentum": much}) for much in (0.9, 0.98)),
+        *(Cell(f"Muon, average {share:g}", {**MUON, "average": share}) for share in (0.01, 0.03, 0.1)),
+        Cell("Muon, not clipped", {**MUON, "clip": 0.0}),
+    ],
+}
+
+
+# ---- statistics ------------------------------------------------------------------------------------
+
+
+def within(t: float, df: int) -> float:
+    """The share of Student's t with df degrees of freedom that lies between -t and t.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 (odd df) and 26.7.4 (even df).
+    """
+    angle = math.atan(t / math.sqrt(df))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    if df % 2:
+        term, total = cosine, 0.0
+        for k in range(3, df + 1, 2):
+            total += term
+            term *= cosine**2 * (k - 1) / k
+        return 2 / math.pi * (angle + sine * total)
+    term, total = 1.0, 0.0
+    for k in range(2, df + 1, 2):
+        total += term
+        term *= cosine**2 * (k - 1) / k
+    return sine * total
+
+
+def t_quantile(df: int, share: float = 0.95) -> float:
+    """The t with `share` of the distribution between -t and t; 12.706 for one degree of freedom and 95 %."""
+    low, high = 0.0, 1.0
+    while within(high, df) < share:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle, df) < share else (low, middle)
+    return (low + high) / 2
+
+
+def paired(ours: dict[int, float], baseline: dict[int, float]) -> tuple[float, float | None, int]:
+    """Mean difference over the seeds that both have, half the width of its 95 % interval, and how many they are."""
+    differences = [ours[seed] - baseline[seed] for seed in sorted(ours.keys() & baseline.keys())]
+    n = len(differences)
+    if n < 2:
+        return (differences[0] if n else math.nan), None, n
+    return statistics.fmean(differences), t_quantile(n - 1) * statistics.stdev(differences) / math.sqrt(n), n
+
+
+# ---- results on disk -------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The results in a file; a last line that was cut short by an interruption is no result."""
+    lines = []
+    for raw in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(raw))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def append(path: Path, line: Line) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("" if whole else "\n") + json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def same(line: Line, where: Line, cell: Cell | None = None, seed: int | None = None) -> bool:
+    """Whether a result was found under these conditions: text, seconds, clock; and by this cell with this seed."""
+    asked = dict(where)
+    if cell is not None:
+        asked["settings"] = as_json(cell.settings)
+    if seed is not None:
+        asked["seed"] = seed
+    return all(line.get(key) == value for key, value in asked.items())
+
+
+def as_json(settings: Settings) -> Settings:
+    """As it is read back: a tuple becomes a list."""
+    return json.loads(json.dumps(settings))
+
+
+def code() -> str:
+    """Names the package as it is now."""
+    found = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:8]
+
+
+def table(lines: list[Line], cells: list[Cell], where: Line, refused: dict[str, str] | None = None) -> str:
+    """Markdown, one line a cell: what was measured under these conditions. Negative differences are better.
+
+    Bold: the 95 % interval of the difference does not hold 0. `refused`: why a cell could not be run.
+    """
+    found: dict[str, list[Line]] = {}
+    for cell in cells:
+        found[cell.name] = [line for line in lines if same(line, where, cell) and "bits_per_byte" in line]
+    bits = {name: {line["seed"]: line["bits_per_byte"] for line in each} for name, each in found.items()}
+    baseline = bits[cells[0].name]
+    rows = [
+        f"| {where['text']}, {where['seconds']:g} s ({where['clock']}) | bits per byte "
+        "| difference, 95 % | n | steps | tokens/s | training s | parameters |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        each = found[cell.name]
+        if not each:
+            why = (refused or {}).get(cell.name, "-")
+            rows.append(f"| {cell.name} | - | {why} | 0 | - | - | - | - |")
+            continue
+        mean, half, n = paired(bits[cell.name], baseline)
+        if cell is cells[0]:
+            difference, n = "baseline", len(each)
+        else:
+            sign = "−" if mean < 0 else "+"
+            difference = "-" if math.isnan(mean) else f"{sign}{abs(mean):.4f}"
+            difference += "" if half is None else f" ± {half:.4f}"
+            if half is not None and abs(mean) > half:
+                difference = f"**{difference}**"
+        row = [
+            cell.name,
+            f"{statistics.fmean(bits[cell.name].values()):.4f}",
+            difference,
+            str(n),
+            f"{statistics.fmean(line['steps'] for line in each):,.0f}",
+            f"{statistics.fmean(line['tokens_per_second'] for line in each):,.0f}",
+            f"{statistics.fmean(line['training_seconds'] for line in each):.1f}",
+            f"{each[-1]['parameters']:,}",
+        ]
+        rows.append(f"| {' | '.join(row)} |")
+    codes = {line.get("code") for each in found.values() for line in each}
+    if len(codes) > 1:
+        rows.append(f"\nFound with {len(codes)} versions of the code: {', '.join(sorted(map(str, codes)))}.")
+    return "\n".join(rows)
+
+
+# ---- one run, in a process of its own --------------------------------------------------------------
+
+
+def child(request: Line) -> Line:
+    """The answer to a request, or {"missing": reason} when this version does not know one of its settings."""
+    from babyllama.errors import UsageError
+
+    try:
+        return {"head": first_plan, "run": one_run}[request["do"]](request)
+    except UsageError as error:
+        return {"missing": f"{error.where} {error.found}"}
+
+
+def prepared(request: Line, vocab_size: int | None) -> Any:
+    """The text with this vocabulary, made once for all runs. The split does not depend on the vocabulary."""
+    from filelock import FileLock
+
+    from babyllama.data.corpus import Corpus, prepare
+
+    name = Path(request["text"]).stem + f"-{vocab_size or 'default'}"
+    folder = Path(request["data"]) / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f"{name}.lock"):
+        if Corpus.stands_in(folder):
+            return Corpus.open(folder)
+        return prepare(request["text"], folder, vocab_size=vocab_size)
+
+
+def first_plan(request: Line) -> Line:
+    """What babyllama plans for this text and time on one thread, and so for every cell that names nothing else."""
+    from babyllama.train import recipe
+
+    corpus = prepared(request, request["base"].get("vocab_size"))
+    plan = recipe.plan(
+        vocab_size=corpus.vocab_size,
+        text_bytes=corpus.train_bytes,
+        train_tokens=len(corpus.train_ids),
+        minutes=request["seconds"] / 60,
+        size=request["base"].get("size"),
+        device="cpu",
+        settings={"threads": 1},
+    )
+    model = plan.model
+    return {
+        "shape": [model.dim, model.n_layers, model.n_heads],
+        "precision": plan.precision,
+        "context": plan.context,
+        "batch_size": plan.batch_size,
+        "vocab_size": corpus.vocab_size,
+        "train_bytes": corpus.train_bytes,
+        "val_bytes": corpus.val_bytes,
+    }
+
+
+def cell_plan(request: Line, corpus: Any) -> Any:
+    """The plan of a cell: the recipe's for its shape and vocabulary, with the cell's settings."""
+    from shapes import plan_for
+
+    from babyllama.model import Config
+
+    head, settings = request["head"], dict(request["settings"])
+    outside = {name: settings.pop(name) for name in OUTSIDE if name in settings}
+    context = int(settings.get("context", head["context"]))
+    rows = max(1, round(head["batch_size"] * head["context"] / context))
+    if "tokens_per_step" in outside:
+        rows = max(1, round(outside["tokens_per_step"] / context))
+    own = {"threads": 1, "precision": head["precision"], "context": context, "batch_size": rows}
+    own |= {"evaluations": 0, "save_seconds": 1e9, **settings}
+    dim, n_layers, n_heads = outside.get("shape", head["shape"])
+    facts = {"text_bytes": corpus.train_bytes, "train_tokens": len(corpus.train_ids)}
+    options = {**facts, "minutes": request["seconds"] / 60, "seed": request["seed"], "device": "cpu"}
+    if "size" in outside:
+        from babyllama.train import recipe
+
+        return recipe.plan(vocab_size=corpus.vocab_size, size=str(outside["size"]), settings=own, **options)
+    config = Config(
+        vocab_size=corpus.vocab_size,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        max_seq_len=context,
+        tie_embeddings=bool(outside.get("tie_embeddings", False)),
+    )
+    return plan_for(config, settings=own, **options)
+
+
+def one_run(request: Line) -> Line:
+    import torch
+
+    from babyllama import model as mathematics
+    from babyllama.checkpoint.run import Run
+    from babyllama.train import loop
+
+    torch.set_num_threads(1)
+    settings = request["settings"]
+    if settings.get("init", "gpt2") != "gpt2":
+        return {"missing": f"init {settings['init']!r}"}
+    corpus = prepared(request, settings.get("vocab_size", request["base"].get("vocab_size")))
+    plan = cell_plan(request, corpus)
+    if "init" in settings:  # by the name that Llama.init_weights looks up
+        residual = 0.02 / math.sqrt(2 * plan.model.n_layers)
+        inward = ("wo.weight", "w_down.weight")
+        mathematics.init_std = lambda name, shape: residual if name.endswith(inward) else 0.02
+    told: Line = {"steps": 0, "training_seconds": 0.0}
+
+    def hear(event: Any) -> None:
+        if isinstance(event, loop.Stepped):
+            told.update(steps=event.step, training_seconds=event.seconds)
+
+    wall, processor = time.perf_counter, time.process_time
+    began = wall(), processor()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run.create(Path(folder) / "run", {})
+        if request["clock"] == "processor":
+            time.perf_counter = processor
+        try:
+            outcome = loop.train(run, plan, corpus, tell=hear)
+        finally:
+            time.perf_counter = wall
+    if outcome.score is None:
+        raise SystemExit("stopped by a signal")
+    from babyllama import costs
+
+    return {
+        "bits_per_byte": outcome.score.bits_per_byte,
+        **told,
+        "tokens_per_second": told["steps"] * plan.tokens_per_step / told["training_seconds"],
+        "epochs": told["steps"] * plan.tokens_per_step / len(corpus.train_ids),
+        "parameters": costs.parameters(plan.model).total,
+        "wall_seconds": wall() - began[0],
+        "processor_seconds": processor() - began[1],
+        "torch": torch.__version__,
+    }
+
+
+def ask(request: Line, core: int | None) -> Line:
+    """A fresh process, held on one core with one thread, and what it answered."""
+    one = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    environment = {**os.environ, **one, "TOKENIZERS_PARALLELISM": "false"}
+    environment.setdefault("GOMP_SPINCOUNT", "3000")
+    command = [sys.executable, str(HERE), "--child", json.dumps({**request, "core": core})]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or "no reason given").splitlines()[-1]
+        return {"failed": f"exit {done.returncode}: {said}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- all of them -----------------------------------------------------------------------------------
+
+
+def cores(jobs: int) -> list[int | None]:
+    """A core for each job; None where the system does not let a process be held on one."""
+    if not hasattr(os, "sched_getaffinity"):
+        return [None] * jobs
+    allowed = sorted(os.sched_getaffinity(0))
+    if jobs > len(allowed):
+        raise SystemExit(f"--jobs {jobs}: only {len(allowed)} cores may be used here")
+    return list(allowed[:jobs])
+
+
+def order(cells: list[Cell], seeds: int) -> list[tuple[Cell, int]]:
+    """Seed by seed all cells, beginning with another one each time, so that none keeps its place or its core."""
+    turns = []
+    for seed in range(1, seeds + 1):
+        first = (seed - 1) % len(cells)
+        turns += [(cell, seed) for cell in cells[first:] + cells[:first]]
+    return turns
+
+
+def measure(cells: list[Cell], where: Line, given: argparse.Namespace, path: Path) -> dict[str, str]:
+    """Run what the file does not hold yet. Returns the cells that this version does not know, with the reason."""
+    lines = read_lines(path)
+    missing = [
+        (cell, seed)
+        for cell, seed in order(cells, given.seeds)
+        if not any(same(line, where, cell, seed) for line in lines)
+    ]
+    if not missing:
+        return {}
+    base = given.base
+    request = {**where, "base": base, "data": str(Path(given.out) / "data")}
+    places = cores(given.jobs)
+    head = next((line["head"] for line in lines if "head" in line and same(line, where)), None)
+    if head is None:
+        head = ask({**request, "do": "head"}, places[0])
+        if "shape" not in head:
+            raise SystemExit(f"no plan: {head}")
+        append(path, {**where, "head": head})
+    print(f"{where['text']}, {where['seconds']:g} s: {head}", file=sys.stderr)
+
+    work: queue.SimpleQueue[tuple[Cell, int]] = queue.SimpleQueue()
+    for each in missing:
+        work.put(each)
+    refused: dict[str, str] = {}
+    writing, version = threading.Lock(), code()
+
+    def serve(core: int | None) -> None:
+        while not stop.is_set():
+            try:
+                cell, seed = work.get_nowait()
+            except queue.Empty:
+                return
+            if cell.name in refused:
+                continue
+            settings = {**base, **as_json(cell.settings)}
+            found = ask({**request, "do": "run", "head": head, "settings": settings, "seed": seed}, core)
+            with writing:
+                if "bits_per_byte" in found:
+                    append(path, {**where, **identity(cell, seed), "code": version, **found})
+                    told = f"{found['bits_per_byte']:.4f}, {found['steps']} steps"
+                elif "missing" in found:
+                    first = cell.name not in refused
+                    refused[cell.name] = f"not known to this version: {found['missing']}"
+                    told = refused[cell.name] if first else ""
+                else:
+                    told = found["failed"]
+                if told:
+                    print(f"  {cell.name}, seed {seed}: {told}", file=sys.stderr)
+
+    stop = threading.Event()
+    workers = [threading.Thread(target=serve, args=(core,)) for core in places]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:  # the runs in progress heard it too
+        stop.set()
+        raise
+    return refused
+
+
+def identity(cell: Cell, seed: int) -> Line:
+    return {"cell": cell.name, "settings": as_json(cell.settings), "seed": seed}
+
+
+def parse_cell(text: str) -> Cell:
+    """ "NAME: key=value, key=value"."""
+    name, _, settings = text.partition(":")
+    return Cell(name.strip(), dict(parse_setting(each) for each in settings.split(",") if each.strip()))
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """ "key=value", the value as JSON has it (0.1, true, [64, 2, 2]), else a word."""
+    key, equals, value = text.strip().partition("=")
+    if not equals:
+        raise SystemExit(f"{text!r} is not KEY=VALUE")
+    try:
+        return key.strip(), json.loads(value.replace("True", "true").replace("False", "false"))
+    except json.JSONDecodeError:
+        return key.strip(), value.strip()
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("group", nargs="?", help="one of --list, or a name of your own with --cell")
+    found.add_argument("--cell", action="append", default=[], metavar='"NAME: KEY=VALUE, ..."')
+    found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every cell")
+    found.add_argument("--text", nargs="+", default=["shakespeare"], help="files or named texts")
+    found.add_argument("--seconds", type=float, nargs="+", default=[60.0])
+    found.add_argument("--clock", choices=["processor", "wall"], default="processor")
+    found.add_argument("--seeds", type=int, default=5)
+    found.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    found.add_argument("--out", default="runs/ablations")
+    found.add_argument("--table", action="store_true", help="run nothing")
+    found.add_argument("--list", action="store_true")
+    found.add_argument("--child", help=argparse.SUPPRESS)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
+    if given.child:
+        request = json.loads(given.child)
+        if request["core"] is not None:
+            os.sched_setaffinity(0, {request["core"]})
+        sys.path.insert(0, str(HERE.parent))
+        print(json.dumps(child(request)))
+        return
+    if given.list:
+        for name, cells in GROUPS.items():
+            print(f"{name}: " + "; ".join(cell.name for cell in cells))
+        return
+    cells = GROUPS.get(given.group or "", [])
+    if given.cell:
+        cells = [*(cells or [AS_IT_IS]), *map(parse_cell, given.cell)]
+    if not cells:
+        raise SystemExit(f"no group {given.group!r}; there are: {', '.join(map(shlex.quote, GROUPS))}")
+    given.base = dict(map(parse_setting, given.set))
+    path = Path(given.out) / f"{given.group.replace(' ', '-')}.jsonl"
+    for text in given.text:
+        for seconds in given.seconds:
+            where = {"text": text, "seconds": seconds, "clock": given.clock, "base": given.base}
+            refused = {} if given.table else measure(cells, where, given, path)
+            print(f"\n{table(read_lines(path), cells, where, refused)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

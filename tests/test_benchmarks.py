@@ -1,0 +1,363 @@
+"""The benchmarks in a tiny form, and their arithmetic against what was computed by hand."""
+
+import csv
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import ablate
+import peers
+import training
+from ablate import Cell
+from shapes import SHAPES, Shape, training_flops
+
+from babyllama.train.evaluate import score
+
+BENCHMARKS = Path(training.__file__).parent
+TINY = Shape(name="tiny", dim=32, n_layers=2, n_heads=2, vocab_size=300, context=16, batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 KB of sentences from forty words, one of them with letters of two bytes."""
+    draw = random.Random(1)
+    words = ["".join(draw.choices("abcdefghilmnorstu", k=draw.randint(2, 7))) for _ in range(39)] + ["élève"]
+    sentences = [" ".join(draw.choices(words, k=draw.randint(4, 9))) + ".\n\n" for _ in range(900)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("".join(sentences), encoding="utf-8")
+    return path
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / program), *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def rows(markdown: str) -> dict[str, list[str]]:
+    """The cells of each line of a table, by the first of them."""
+    found = {}
+    for line in markdown.splitlines():
+        if line.startswith("| "):
+            name, *cells = (cell.strip() for cell in line.strip("| ").split(" | "))
+            found[name] = cells
+    return found
+
+
+# ---- throughput: arithmetic
+
+
+def test_flops_of_training_are_those_computed_by_hand():
+    shape = SHAPES["llama2.c-15M"]
+    matrices = 6 * (4 * 288 * 288 + 3 * 288 * 768)  # four of attention, three of the feed-forward, six layers
+    head, attention = 4096 * 288, 12 * 6 * 288 * 256
+    assert training_flops(shape.config, 256) == 6 * (matrices + head) + attention
+
+
+def test_ratios_are_taken_round_by_round():
+    speeds = {"plain": [100.0, 50.0, 200.0], "other": [200.0, 150.0, 300.0]}
+    assert training.ratios(speeds, "plain") == {"plain": [1.0, 1.0, 1.0], "other": [1.5, 2.0, 3.0]}
+
+
+def test_the_table_of_throughput_holds_medians_spread_and_shares():
+    shape = SHAPES["quickstart"]
+    speeds = {"plain": [1000.0, 2000.0, 3000.0], "other": [2000.0, 4000.0, 6000.0]}
+    flops = training_flops(shape.config, shape.context)
+    peaks = {"bf16": 2000.0 * flops * 10, "float32": 2000.0 * flops * 2}
+    table = rows(training.throughput_table(shape, speeds, peaks, {"plain": 3 * 2**20, "other": None}))
+    gigaflops = f"{2000 * flops / 1e9:,.0f}"
+    assert table["plain"] == ["2,000 (1,000 to 3,000)", "1.00 (1.00 to 1.00)", gigaflops, "10 %", "50 %", "3"]
+    assert table["other"][:2] == ["4,000 (2,000 to 6,000)", "2.00 (2.00 to 2.00)"]
+    assert table["other"][3:] == ["20 %", "100 %", "-"]
+
+
+def test_a_turn_counts_whole_steps_and_takes_at_least_one():
+    taken = []
+    assert training.turn(lambda: taken.append(1), 10, 0.0) > 0
+    assert taken == [1]
+
+
+def test_the_peak_is_a_speed():
+    assert 1e8 < training.matrix_peak(torch.float32, size=128, seconds=0.01) < 1e14
+
+
+# ---- peers
+
+
+@pytest.mark.parametrize("recipe", peers.QUALITY.values(), ids=lambda recipe: recipe.name)
+def test_every_recipe_names_its_source_and_tries_five_rates(recipe):
+    assert recipe.source and len(set(recipe.rates)) == 5
+
+
+def test_schedules_rise_and_end_where_they_are_documented_to():
+    nano, theirs = peers.NANOGPT, peers.TRANSFORMERS
+    assert theirs.learning_rate(2.0, 0.25) == pytest.approx(1.5)  # linear, without warm-up
+    assert theirs.learning_rate(2.0, 1.0) == 0
+    assert nano.learning_rate(1e-3, 0.025) == pytest.approx(0.5e-3)  # half of its warm-up
+    assert nano.learning_rate(1e-3, 0.05 + 0.95 / 2) == pytest.approx(0.55e-3)  # half-way down to a tenth
+    assert nano.learning_rate(1e-3, 1.0) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("name", ["plain float32", "plain bf16", "transformers float32", "litgpt bf16"])
+def test_a_peer_has_the_same_parameters_and_learns(name):
+    recipe = peers.THROUGHPUT[name]
+    if why := peers.missing(recipe):
+        pytest.skip(f"{name}: {why}")
+    one = peers.contestant(recipe, TINY)
+    assert isinstance(one, peers.PlainLoop)
+    tokens, targets = one.batches.batch(0)
+    one.batch = lambda: (torch.from_numpy(tokens), torch.from_numpy(targets))  # the same batch each time
+    assert one.tokens_per_step == tokens.size == TINY.tokens_per_step
+    assert one.model(torch.from_numpy(tokens)).shape == (*tokens.shape, TINY.vocab_size)
+    plain = peers.contestant(peers.PLAIN, TINY)
+    count = [sum(weight.numel() for weight in each.model.parameters()) for each in (one, plain)]
+    assert count[0] == count[1]
+    losses = [one.step(0.0) for _ in range(20)]
+    assert losses[0] == pytest.approx(math.log(TINY.vocab_size), abs=0.5)
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_missing_peer_is_named_with_the_reason(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in (peers.missing(peers.TRANSFORMERS) or "")
+    assert "huggingface-hub" in (peers.missing(peers.LITGPT) or "")
+    assert peers.missing(peers.OURS) is None
+
+
+def test_accumulated_batches_give_the_gradient_of_one():
+    recipe = peers.replace(peers.PLAIN, context=16, clip=0.0)
+    ids = np.random.default_rng(0).integers(300, size=4000).astype(np.uint16)
+    whole, parts = peers.replace(recipe, rows=8), peers.replace(recipe, rows=2, accumulation=4)
+    loops = [peers.PlainLoop(one, TINY.config, ids, rate=1e-3) for one in (whole, parts)]
+    losses = [each.step() for each in loops]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for a, b in zip(*(each.model.parameters() for each in loops), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_random_windows_predict_the_next_id():
+    recipe = peers.replace(peers.PLAIN, windows="random", context=16, rows=5)
+    one = peers.PlainLoop(recipe, TINY.config, np.arange(300, dtype=np.uint16), rate=1e-3)
+    tokens, targets = one.batch()
+    assert tokens.shape == (5, 16) and torch.equal(tokens + 1, targets)
+
+
+def test_the_first_weights_of_a_recipe_are_those_it_names():
+    model = peers.build(
+        peers.LLAMA2C, peers.config_of(peers.replace(peers.LLAMA2C, shape=None), 500, (128, 8, 4)), 1
+    )
+    layer = model.layers[0]
+    assert layer.attention.wq.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert layer.feed_forward.w_down.weight.std().item() == pytest.approx(0.005, rel=0.05)  # 0.02 / √16
+    assert model.lm_head is None
+
+
+def test_babyllama_is_held_after_each_step_of_its_own_loop():
+    one = peers.contestant(peers.OURS, TINY)
+    try:
+        assert one.plan.model == TINY.config and one.tokens_per_step == TINY.tokens_per_step
+        for _ in range(3):
+            one.step()
+    finally:
+        one.close()
+    assert not one.thread.is_alive()
+
+
+def test_what_stops_babyllama_is_told():
+    with pytest.raises(Exception, match="has 4 tokens"):
+        peers.OurLoop(TINY, np.zeros(4, dtype=np.uint16))
+
+
+# ---- quality: texts
+
+
+def test_a_text_is_cut_between_characters():
+    data = ("a" * 8 + "é" + "b").encode()  # the first 9.9 of 11 bytes end inside é
+    assert training.split(data) == ("a" * 8 + "é", "b")
+    assert training.split(b"0123456789") == ("012345678", "9")
+
+
+@pytest.mark.parametrize("recipe", [peers.NANOGPT, peers.TRANSFORMERS], ids=lambda recipe: recipe.name)
+def test_every_byte_of_the_hold_out_is_scored_once(text, recipe):
+    train, hold_out = training.split(text.read_bytes())
+    found = peers.encoder(recipe, train, hold_out)
+    ids = np.array(found.encode(hold_out))
+    blind = lambda tokens: torch.zeros(*tokens.shape, found.vocab_size)  # noqa: E731
+    scored = score(blind, ids, found.byte_lengths, 32)
+    assert scored.bytes == len(hold_out.encode())
+    expected = (len(ids) - 1) * math.log2(found.vocab_size) / scored.bytes
+    assert scored.bits_per_byte == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_stopped_clock_leaves_out_what_is_inside():
+    clock = training.Clock(launched=training.time.time() - 5)
+    before = clock.now()
+    with clock.stopped():
+        training.time.sleep(0.2)
+    assert clock.now() - before < 0.1
+    assert 4.9 < clock.cold() < 5.5
+
+
+# ---- the programs
+
+
+def test_throughput_runs(tmp_path):
+    only = ["plain float32", "babyllama"]
+    done = run(
+        "training.py", "--throughput", "--shape", "quickstart", "--rounds", "2", "--seconds", "0.05",
+        "--threads", "1", "--only", *only,
+    )  # fmt: skip
+    found = rows(done.stdout)
+    assert [name for name in found if name in only] == only
+    assert found["plain float32"][1] == "1.00 (1.00 to 1.00)"
+    assert all(int(found[name][-1].replace(",", "")) > 100 for name in only)  # MiB, torch alone needs more
+
+
+def test_quality_runs_and_draws(text, tmp_path):
+    pytest.importorskip("matplotlib")
+    done = run(
+        "training.py", "--quality", str(text), "--minutes", "0.02", "--clock", "warm", "--points", "2",
+        "--threads", "1", "--only", "babyllama", "nanoGPT", "--out", str(tmp_path),
+        "--figure", str(tmp_path / "curve"),
+    )  # fmt: skip
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [one["name"] for one in results] == ["babyllama", "nanoGPT"]
+    hold_out = training.split(text.read_bytes())[1]
+    for one in results:
+        assert 0 < one["bits_per_byte"] < 8
+        assert 0 < one["warm"] < one["cold"]
+        assert {point["scored_bytes"] for point in one["curve"]} == {len(hold_out.encode())}
+        assert one["curve"][-1]["bits_per_byte"] == one["bits_per_byte"]
+    assert results[0]["agrees"] == pytest.approx(1, abs=0.1)
+    assert set(rows(done.stdout)) >= {"babyllama", "nanoGPT"}
+    with (tmp_path / "curves.csv").open(encoding="utf-8", newline="") as file:
+        assert len(list(csv.DictReader(file))) == sum(len(one["curve"]) for one in results)
+    for theme in ("light", "dark"):
+        assert (tmp_path / f"curve-{theme}.svg").read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_an_ablation_runs_and_names_what_it_does_not_know(text, tmp_path):
+    cells = ["--cell", "tied: tie_embeddings=true, init=gpt2", "--cell", "odd: no_such_setting=1"]
+    size = ["--seconds", "0.4", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path)]
+    done = run("ablate.py", "mine", "--text", str(text), *size, *cells)
+    found = rows(done.stdout)
+    assert "not known to this version" in found["odd"][1] and "no_such_setting" in found["odd"][1]
+    lines = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
+    plain, tied = lines[1:]
+    assert (plain["cell"], tied["cell"]) == ("as it is", "tied")
+    assert plain["parameters"] > tied["parameters"]
+    assert 0.3 < plain["training_seconds"] < 0.6  # of processor time, which the loop took for the clock
+    assert plain["training_seconds"] <= plain["processor_seconds"]
+    again = run("ablate.py", "mine", "--text", str(text), *size, *cells[:2])
+    assert rows(again.stdout)["tied"] == found["tied"]
+    assert len((tmp_path / "mine.jsonl").read_text().splitlines()) == 3  # nothing was run again
+
+
+# ---- ablations: arithmetic
+
+
+@pytest.mark.parametrize(
+    ("df", "t"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (5, 2.5706), (9, 2.2622), (30, 2.0423), (200, 1.9719)]
+)  # fmt: skip
+def test_quantiles_are_those_of_the_tables(df, t):
+    assert ablate.t_quantile(df) == pytest.approx(t, abs=5e-5)
+
+
+def test_an_interval_is_the_one_computed_by_hand():
+    ours, baseline = {1: 2.09, 2: 2.18, 3: 2.27, 7: 1.0}, {1: 2.10, 2: 2.20, 3: 2.30, 4: 9.0}
+    mean, half, n = ablate.paired(ours, baseline)
+    assert (mean, n) == (pytest.approx(-0.02), 3)  # of −0.01, −0.02, −0.03: deviation 0.01
+    assert half == pytest.approx(4.3027 * 0.01 / math.sqrt(3), rel=1e-4)
+    assert ablate.paired({1: 2.0}, baseline)[1:] == (None, 1)
+
+
+def line(cell: Cell, seed: int, bits: float, **more: object) -> dict[str, object]:
+    told = {"steps": 100, "tokens_per_second": 1000.0, "training_seconds": 2.0, "parameters": 12345}
+    return {**WHERE, **ablate.identity(cell, seed), "bits_per_byte": bits, **told, "code": "c0de", **more}
+
+
+WHERE = {"text": "words", "seconds": 2.0, "clock": "processor", "base": {}}
+CELLS = [Cell("baseline"), Cell("better", {"clip": 0.5}), Cell("not run", {"shape": (64, 2, 2)})]
+
+
+def test_the_table_of_an_ablation():
+    lines = [line(CELLS[0], seed, 2 + seed / 10) for seed in (1, 2, 3)]
+    lines += [line(CELLS[1], seed, 2 + seed / 10 - 0.1 - seed / 1000) for seed in (1, 2, 3)]
+    lines.append(line(CELLS[1], 9, 1.0, seconds=60.0))  # another budget
+    found = rows(ablate.table(lines, CELLS, WHERE))
+    assert found["baseline"][:3] == ["2.2000", "baseline", "3"]
+    half = 4.3027 * statistics.stdev([0.101, 0.102, 0.103]) / math.sqrt(3)
+    assert found["better"] == [
+        "2.0980", f"**−0.1020 ± {half:.4f}**", "3", "100", "1,000", "2.0", "12,345",
+    ]  # fmt: skip
+    assert found["not run"][0] == "-"
+    assert "versions" not in ablate.table(lines, CELLS, WHERE)
+    assert "2 versions" in ablate.table([*lines, line(CELLS[0], 4, 2.0, code="other")], CELLS, WHERE)
+
+
+def test_an_interrupted_ablation_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    path, asked = tmp_path / "x.jsonl", []
+    head = {**WHERE, "head": {"shape": [64, 2, 2]}}
+    done = [head, line(CELLS[0], 1, 2.0), line(CELLS[2], 1, 2.0)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in done) + '{"text": "words", "seco')  # cut short
+
+    def ask(request, core):
+        asked.append((request["settings"], request["seed"]))
+        if request["settings"]:
+            return {"bits_per_byte": 1.9, "steps": 5}
+        return {"failed": "exit 1"}
+
+    monkeypatch.setattr(ablate, "ask", ask)
+    options = ablate.parser().parse_args(["x", "--seeds", "2", "--jobs", "1", "--out", str(tmp_path)])
+    options.base = {}
+    ablate.measure(CELLS, WHERE, options, path)
+    shape, clip = {"shape": [64, 2, 2]}, {"clip": 0.5}
+    assert asked == [(clip, 1), (clip, 2), (shape, 2), ({}, 2)]  # seed 2 begins with the second cell
+    asked.clear()
+    ablate.measure(CELLS, WHERE, options, path)
+    assert asked == [({}, 2)]  # only what failed
+
+
+def test_two_jobs_share_the_work(tmp_path, monkeypatch):
+    asked = []
+
+    def ask(request, core):
+        if request["do"] == "head":
+            return {"shape": [64, 2, 2]}
+        asked.append((json.dumps(request["settings"]), request["seed"]))
+        return {"bits_per_byte": 1.9, "steps": 5}
+
+    monkeypatch.setattr(ablate, "ask", ask)
+    monkeypatch.setattr(ablate, "cores", lambda jobs: [None] * jobs)
+    options = ablate.parser().parse_args(["x", "--seeds", "3", "--jobs", "2", "--out", str(tmp_path)])
+    options.base = {}
+    ablate.measure(CELLS, WHERE, options, tmp_path / "x.jsonl")
+    assert len(asked) == len(set(asked)) == 9
+    assert len(ablate.read_lines(tmp_path / "x.jsonl")) == 10
+
+
+@pytest.mark.parametrize("group", ablate.GROUPS)
+def test_cells_of_a_group_differ(group):
+    cells = ablate.GROUPS[group]
+    assert len({cell.name for cell in cells}) == len(cells)
+    settings = [json.dumps(cell.settings, sort_keys=True) for cell in cells]
+    assert len(set(settings)) == len(cells)
+
+
+def test_cells_from_the_command_line():
+    cell = ablate.parse_cell("two words: optimizer=muon, average=0.05, cautious=True")
+    assert cell == Cell("two words", {"optimizer": "muon", "average": 0.05, "cautious": True})
+    with pytest.raises(SystemExit):
+        ablate.parse_setting("no value")
