@@ -3,7 +3,7 @@
 #   make story      install, train a Llama on fairy tales for three minutes, tell a story
 #   make test       install with the test tools, run every test that needs no GPU
 #   make check      formatting, linting, types, imports, tests; prints how long each file is
-#   make torture    the slow proofs in full length: a thousand kills, every mutant
+#   make torture    the slow proofs in full length: a thousand kills, 64 full disks, every mutant and more
 #   make figures    draw docs/figures again
 #   make clean      remove what these commands made (never runs/)
 #
@@ -35,7 +35,7 @@ lines:
 	@find babyllama -name '*.py' -not -name '__init__.py' | LC_ALL=C sort | xargs wc -l
 
 torture: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m torture
+	$(BIN)/python -m pytest -m torture -s
 
 figures: $(VENV)/.installed-test
 	$(BIN)/python docs/figures/block.py

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from babyllama.checkpoint.run import Run
-from babyllama.terminal import command, duration, plural, printable, size
+from babyllama.terminal import TrainingScreen, command, duration, plural, printable, size
+from babyllama.train.loop import Skipped
 
 FAST = ["--size", "100k", "--device", "cpu", "--set", "context=32", "--set", "batch_size=4"]
 FAST += ["--set", "threads=1", "--set", "evaluations=4"]
@@ -87,6 +88,12 @@ def test_training_goes_on_when_the_screen_is_full(book, tmp_path):
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         subprocess.run([sys.executable, "-m", "babyllama", *arguments], stdout=full, stderr=full, check=False)
     assert Run(tmp_path / "run").steps()[-1] == 40
+
+
+def test_a_skipped_step_is_one_line_that_says_where_it_began(capsys):
+    TrainingScreen()(Skipped(1234, 2.5, float("nan"), "layers.1.feed_forward.up", 2))
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "step  1,234   skipped" in said and "layers.1.feed_forward.up" in said
 
 
 def test_figures_read_as_a_person_would_write_them():

@@ -64,6 +64,7 @@ def goes_on(out: Path, path: Path, expected: str, scratch: Path) -> str:
 
 def torture(folder: Path, count: int, seed: int) -> Tally:
     chance, tally = random.Random(seed), Tally()
+    tally.update({"flips": 0, "of them resumed": 0})
     data, out = prepared(folder), folder / "run"
     attempt(data, out, STEPS)
     expected, older = fingerprint(out), Run(out).folder(STEPS - 2)

@@ -25,7 +25,8 @@ from babyllama.train.optim import optimizer_tensors
 
 STEPS = 14
 AT_MOST = 4  # steps after which a run that cannot go on has stopped
-KINDS = ("weight", "memory", "gradient once", "loss once", "gradient", "loss")
+KINDS = ("weight", "memory", "squares", "gradient once", "loss once", "gradient", "loss")
+LYING = ("weight", "memory", "squares")  # what stays where it was put; infinite squares show in no loss
 
 
 @contextlib.contextmanager
@@ -43,14 +44,16 @@ def spoil(kind: str, at: int, value: float, chance: random.Random):
     take_step = loop._Training.take_step
 
     def spoilt(self: loop._Training, rate: float) -> tuple[float, float]:
-        now = self.step == at if kind.endswith("once") or kind in ("weight", "memory") else self.step >= at
+        now = self.step == at if kind.endswith("once") or kind in LYING else self.step >= at
         if not now:
             return take_step(self, rate)
         weight = chance.choice(list(self.model.parameters()))
-        if kind in ("weight", "memory"):
-            memory = [*optimizer_tensors(self.model, self.optimizer).values()]
-            tensor = weight.data if kind == "weight" else chance.choice(memory)
-            tensor.view(-1)[chance.randrange(tensor.numel())] = value
+        if kind in LYING:
+            memory = optimizer_tensors(self.model, self.optimizer)
+            squares = [tensor for name, tensor in memory.items() if name.endswith("exp_avg_sq")]
+            places = {"weight": [weight.data], "memory": [*memory.values()], "squares": squares}
+            tensor = chance.choice(places[kind])
+            tensor.view(-1)[chance.randrange(tensor.numel())] = math.inf if kind == "squares" else value
             return take_step(self, rate)
         if kind.startswith("loss"):
             right = loop.loss_sum

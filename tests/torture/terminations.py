@@ -21,7 +21,7 @@ from babyllama import cli
 from babyllama.checkpoint.run import RUN_JSON, Run
 
 SOON, AT_ONCE = 10.0, 1.0  # seconds
-SIGNALS = [signal.SIGTERM] * 7 + [signal.SIGINT, signal.SIGHUP]
+SIGNALS = [signal.SIGTERM] * 6 + [signal.SIGINT] * 2 + [signal.SIGHUP]
 
 
 def torture(folder: Path, count: int, seed: int) -> Tally:
@@ -46,7 +46,7 @@ def torture(folder: Path, count: int, seed: int) -> Tally:
         time.sleep(chance.uniform(0.05, 0.8) * duration)
         os.kill(child, number)
         if twice:
-            time.sleep(0.05)
+            time.sleep(chance.uniform(0, 0.05))
             os.kill(child, number)
         sent = time.monotonic()
         status, waited = ended(child), time.monotonic() - sent

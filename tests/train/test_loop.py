@@ -237,18 +237,22 @@ def before_steps(monkeypatch, do):
     monkeypatch.setattr(loop._Training, "take_step", take_step)
 
 
-def spoil_gradients(monkeypatch, steps, value=float("nan"), name="layers.0.attention.wo.weight"):
-    """One value in the gradient of one weight, at these steps (counted from 1)."""
+def spoil_gradients(monkeypatch, steps, value=float("nan"), names=("layers.0.attention.wo.weight",)):
+    """Some values in the gradients of these weights, at these steps (counted from 1)."""
 
     def take_step(self, rate):
         if self.step + 1 not in steps:
             return real(self, rate)
-        weight = dict(self.model.named_parameters())[name]
-        handle = weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(3), value))
+        weights = dict(self.model.named_parameters())
+        handles = [
+            weights[name].register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(3), value))
+            for name in names
+        ]
         try:
             return real(self, rate)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     real = loop._Training.take_step
     monkeypatch.setattr(loop._Training, "take_step", take_step)
@@ -287,7 +291,7 @@ def test_three_steps_that_are_not_finite_end_the_run_and_name_where_it_began(
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["layers.0.attention.wo.weight", "tok_embeddings.weight", "norm.weight"])
 def test_of_gradients_the_one_nearest_the_output_is_named(prepared, tmp_path, monkeypatch, name, value):
-    spoil_gradients(monkeypatch, range(3, 99), value, name)
+    spoil_gradients(monkeypatch, range(3, 99), value, {name, "tok_embeddings.weight"})
     with pytest.raises(NumericalError) as caught:
         train(prepared, tmp_path / "run")
     assert caught.value.where == "step 5" and f"the gradient of {name}" in caught.value.found
