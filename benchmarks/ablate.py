@@ -304,7 +304,9 @@ def prepared(request: Line, vocab_size: int | None) -> Any:
 
     from babyllama.data.corpus import Corpus, prepare
 
-    name = Path(request["text"]).stem + f"-{vocab_size or 'default'}"
+    source, vocabulary = Path(request["text"]), vocab_size or "default"
+    content = f"-{hashlib.sha256(source.read_bytes()).hexdigest()[:8]}" if source.is_file() else ""
+    name = f"{source.stem}{content}-{vocabulary}"
     folder = Path(request["data"]) / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f"{name}.lock"):

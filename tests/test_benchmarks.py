@@ -213,26 +213,31 @@ def test_a_stopped_clock_leaves_out_what_is_inside():
 # ---- the programs
 
 
-def test_throughput_runs(tmp_path):
-    only = ["plain float32", "babyllama"]
+def test_contestants_take_turns():
+    names = ["plain float32", "babyllama"]
+    speeds = training.compare(TINY, names, rounds=3, seconds=0.01)
+    assert list(speeds) == names
+    assert all(len(each) == 3 and min(each) > 0 for each in speeds.values())
+
+
+def test_throughput_runs():
     done = run(
         "training.py", "--throughput", "--shape", "quickstart", "--rounds", "2", "--seconds", "0.05",
-        "--threads", "1", "--only", *only,
+        "--threads", "1", "--only", "babyllama",
     )  # fmt: skip
-    found = rows(done.stdout)
-    assert [name for name in found if name in only] == only
-    assert found["plain float32"][1] == "1.00 (1.00 to 1.00)"
-    assert all(int(found[name][-1].replace(",", "")) > 100 for name in only)  # MiB, torch alone needs more
+    found = rows(done.stdout)["babyllama"]
+    assert found[1] == "1.00 (1.00 to 1.00)"
+    assert int(found[-1].replace(",", "")) > 100  # MiB, torch alone needs more
 
 
 def test_quality_runs_and_draws(text, tmp_path):
     pytest.importorskip("matplotlib")
-    done = run(
+    call = (
         "training.py", "--quality", str(text), "--minutes", "0.02", "--clock", "warm", "--points", "2",
         "--threads", "1", "--only", "babyllama", "nanoGPT", "--out", str(tmp_path),
-        "--figure", str(tmp_path / "curve"),
     )  # fmt: skip
-    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    done = run(*call)
+    results = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [one["name"] for one in results] == ["babyllama", "nanoGPT"]
     hold_out = training.split(text.read_bytes())[1]
     for one in results:
@@ -244,6 +249,8 @@ def test_quality_runs_and_draws(text, tmp_path):
     assert set(rows(done.stdout)) >= {"babyllama", "nanoGPT"}
     with (tmp_path / "curves.csv").open(encoding="utf-8", newline="") as file:
         assert len(list(csv.DictReader(file))) == sum(len(one["curve"]) for one in results)
+    again = run(*call, "--figure", str(tmp_path / "curve"))
+    assert again.stdout.startswith(done.stdout)  # nothing was trained again
     for theme in ("light", "dark"):
         assert (tmp_path / f"curve-{theme}.svg").read_text(encoding="utf-8").startswith("<?xml")
 
