@@ -17,7 +17,13 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 assert "babyllama" not in sys.modules, "babyllama was imported before its shapes could be checked"
-install_import_hook("babyllama", "beartype.beartype")
+PACKAGE = Path(__file__).resolve().parent.parent / "babyllama"
+COMPILED = {"kernels"}  # numba compiles what is written there, and nothing around it
+MODULES = {path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")}
+install_import_hook(
+    [".".join(path.parts) for path in MODULES if path.name not in {"__init__", *COMPILED}],
+    "beartype.beartype",
+)
 
 # A shell lets what it starts in the background ignore Ctrl-C; tests that send it to themselves want it to arrive.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,7 +12,7 @@ multiplied, is copied to the products' precision once a step.
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -49,21 +49,19 @@ class CPUStep:
         ]
         self.pool = ThreadPoolExecutor(count)
         edges = [self.multiplied * i // count for i in range(count + 1)]
-        self.slices = [slice(*pair) for pair in zip(edges, edges[1:], strict=False)]
+        self.slices = [slice(*pair) for pair in pairwise(edges)]
 
     def _flatten(self) -> None:
         """Move the parameters into `self.flat` and give each a view of `self.gradients`."""
-        model = self.model
-        order: list[torch.nn.Parameter] = []
-        for layer in model.layers:
-            a, f = layer.attention, layer.feed_forward
-            order += [m.weight for m in (a.wq, a.wk, a.wv, a.wo, f.w_gate, f.w_up, f.w_down)]
-        tied = model.lm_head is None
-        order += [] if tied else [model.lm_head.weight]
-        order += [model.tok_embeddings.weight]
-        for layer in model.layers:
-            order += [layer.attention_norm.weight, layer.ffn_norm.weight]
-        order += [model.norm.weight]
+        tied, L = self.model.lm_head is None, self.config.n_layers
+        matrices = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
+        matrices += [f"feed_forward.{name}" for name in ("w_gate", "w_up", "w_down")]
+        names = [f"layers.{i}.{matrix}" for i in range(L) for matrix in matrices]
+        names += ["tok_embeddings"] if tied else ["lm_head", "tok_embeddings"]
+        names += [f"layers.{i}.{norm}" for i in range(L) for norm in ("attention_norm", "ffn_norm")] + [
+            "norm"
+        ]
+        order = [self.model.get_parameter(f"{name}.weight") for name in names]
         ends = list(accumulate(weight.numel() for weight in order))
         self.flat, self.gradients = torch.empty(ends[-1]), torch.zeros(ends[-1])
         for weight, end in zip(order, ends, strict=True):
@@ -71,13 +69,13 @@ class CPUStep:
             self.flat[place] = weight.detach().flatten()
             weight.data = self.flat[place].view(weight.shape)
             weight.grad = self.gradients[place].view(weight.shape)
-        gains = 2 * self.config.n_layers + 1
+        self.table = self.model.tok_embeddings.weight.detach()
+        gains = 2 * L + 1
         embedding = ends[-1 - gains]  # where the embedding ends
-        self.table = model.tok_embeddings.weight.detach()
         self.multiplied = embedding if tied else embedding - self.table.numel()
         self.gains = self.flat[embedding:].view(gains, -1)
         self.dgains = self.gradients[embedding:].view(gains, -1)
-        self.dtable = model.tok_embeddings.weight.grad
+        self.dtable = self.gradients[embedding - self.table.numel() : embedding].view(self.table.shape)
 
     def __call__(self, tokens: Tensor, targets: Tensor, counted: int, step: int, part: int = 0) -> float:
         """Nats of a batch (B, T) by the targets counted in all parts of a step; the gradients are in `.grad`.
@@ -157,7 +155,7 @@ class Weights:
         shapes = [(heads + 2 * kv, D), (D, heads), (2 * F, D), (D, F)]
         layer = sum(a * b for a, b in shapes)
         self.qkv, self.wo, self.gate_up, self.w_down = (
-            [flat[at + l * layer :][: a * b].view(a, b) for l in range(L)]
+            [flat[at + i * layer :][: a * b].view(a, b) for i in range(L)]
             for at, (a, b) in zip(accumulate([0] + [a * b for a, b in shapes]), shapes, strict=False)
         )
         self.head = flat[L * layer :].view(config.vocab_size, D)
@@ -172,7 +170,9 @@ class _Worker:
     ) -> None:
         R = rows.stop - rows.start
         self.config, self.T, self.R, self.w = config, T, R, weights
-        self.first = rows.start * T * config.dim  # numbers of the batch's residual stream before this worker's
+        self.first = (
+            rows.start * T * config.dim
+        )  # numbers of the batch's residual stream before this worker's
         D, F, V, L = config.dim, config.hidden_dim, config.vocab_size, config.n_layers
         H, K, hd = config.n_heads, config.n_kv_heads, config.head_dim
         n, g, states = R * T, H // K, 2 * L + 1
@@ -215,33 +215,33 @@ class _Worker:
         self.dropout(a.x[0], self.first, 0)
         self.branch.zero_()
         self._norm(0)
-        for l in range(self.config.n_layers):
-            torch.mm(self.y[2 * l], w.qkv[l].t(), out=self.qkv)
-            kernels.split_rotate(a.qkv, a.cos, a.sin, a.q[l], a.k[l], a.v[l], self.scale)
-            self._attend(l)
-            self._rows(self.heads[l]).copy_(self._heads(self.by_head))
-            torch.mm(self.heads[l], w.wo[l].t(), out=self.branch)
-            self.dropout(a.branch, self.first, 2 * l + 1)
-            self._norm(2 * l + 1)
-            torch.mm(self.y[2 * l + 1], w.gate_up[l].t(), out=self.gate_up[l])
-            kernels.swiglu(a.gate_up[l], a.product[l])
-            torch.mm(self.product[l], w.w_down[l].t(), out=self.branch)
-            self.dropout(a.branch, self.first, 2 * l + 2)
-            self._norm(2 * l + 2)
+        for i in range(self.config.n_layers):
+            torch.mm(self.y[2 * i], w.qkv[i].t(), out=self.qkv)
+            kernels.split_rotate(a.qkv, a.cos, a.sin, a.q[i], a.k[i], a.v[i], self.scale)
+            self._attend(i)
+            self._rows(self.heads[i]).copy_(self._heads(self.by_head))
+            torch.mm(self.heads[i], w.wo[i].t(), out=self.branch)
+            self.dropout(a.branch, self.first, 2 * i + 1)
+            self._norm(2 * i + 1)
+            torch.mm(self.y[2 * i + 1], w.gate_up[i].t(), out=self.gate_up[i])
+            kernels.swiglu(a.gate_up[i], a.product[i])
+            torch.mm(self.product[i], w.w_down[i].t(), out=self.branch)
+            self.dropout(a.branch, self.first, 2 * i + 2)
+            self._norm(2 * i + 2)
         torch.mm(self.y[-1], w.head.t(), out=self.logits)
 
     def _norm(self, i: int) -> None:
         a, eps = self.np, np.float32(self.config.norm_eps)
         kernels.add_norm(a.x[max(0, i - 1)], a.branch, a.x[i], a.y[i], a.rms[i], a.gains[i], eps)
 
-    def _attend(self, l: int) -> None:
-        q, k, v = self.q[l], self.k[l], self.v[l]
+    def _attend(self, i: int) -> None:
+        q, k, v = self.q[i], self.k[i], self.v[i]
         g = q.shape[1] // self.T
         for block, (begin, end) in enumerate(self.blocks):
             queries = slice(begin * g, end * g)
-            weights = self.weights[l][block]
+            weights = self.weights[i][block]
             torch.bmm(q[:, queries], k[:, :end].mT, out=weights)
-            kernels.causal_softmax(self.np.weights[l][block], begin, g, self.np.scratch)
+            kernels.causal_softmax(self.np.weights[i][block], begin, g, self.np.scratch)
             self.by_head[:, queries] = torch.bmm(weights, v[:, :end])
 
     def loss(self, scale: float) -> float:
@@ -258,38 +258,38 @@ class _Worker:
         torch.mm(self.logits.t(), self.y[-1], out=g.head)
         torch.mm(self.logits, w.head, out=self.dy)
         self._norm_backward(-1)
-        for l in reversed(range(self.config.n_layers)):
-            self.dropout(a.dx_rounded, self.first, 2 * l + 2)
-            torch.mm(self.dx_rounded.t(), self.product[l], out=g.w_down[l])
-            torch.mm(self.dx_rounded, w.w_down[l], out=self.dproduct)
-            kernels.swiglu_backward(a.gate_up[l], a.dproduct)  # gate_up is now its gradient
-            torch.mm(self.gate_up[l].t(), self.y[2 * l + 1], out=g.gate_up[l])
-            torch.mm(self.gate_up[l], w.gate_up[l], out=self.dy)
-            self._norm_backward(2 * l + 1)
-            self.dropout(a.dx_rounded, self.first, 2 * l + 1)
-            torch.mm(self.dx_rounded.t(), self.heads[l], out=g.wo[l])
-            torch.mm(self.dx_rounded, w.wo[l], out=self.dheads)
+        for i in reversed(range(self.config.n_layers)):
+            self.dropout(a.dx_rounded, self.first, 2 * i + 2)
+            torch.mm(self.dx_rounded.t(), self.product[i], out=g.w_down[i])
+            torch.mm(self.dx_rounded, w.w_down[i], out=self.dproduct)
+            kernels.swiglu_backward(a.gate_up[i], a.dproduct)  # gate_up is now its gradient
+            torch.mm(self.gate_up[i].t(), self.y[2 * i + 1], out=g.gate_up[i])
+            torch.mm(self.gate_up[i], w.gate_up[i], out=self.dy)
+            self._norm_backward(2 * i + 1)
+            self.dropout(a.dx_rounded, self.first, 2 * i + 1)
+            torch.mm(self.dx_rounded.t(), self.heads[i], out=g.wo[i])
+            torch.mm(self.dx_rounded, w.wo[i], out=self.dheads)
             self._heads(self.by_head).copy_(self._rows(self.dheads))
-            self._attend_backward(l)
+            self._attend_backward(i)
             kernels.join_rotate_backward(a.dq, a.dk, a.dv, a.cos, a.sin, a.qkv, self.dscale)
-            torch.mm(self.qkv.t(), self.y[2 * l], out=g.qkv[l])
-            torch.mm(self.qkv, w.qkv[l], out=self.dy)
-            self._norm_backward(2 * l)
+            torch.mm(self.qkv.t(), self.y[2 * i], out=g.qkv[i])
+            torch.mm(self.qkv, w.qkv[i], out=self.dy)
+            self._norm_backward(2 * i)
         self.dropout(a.dx, self.first, 0)
 
     def _norm_backward(self, i: int) -> None:
         a = self.np
         kernels.norm_backward(a.dy, a.x[i], a.rms[i], a.gains[i], a.dx, a.dx_rounded, a.dgains[i])
 
-    def _attend_backward(self, l: int) -> None:
-        q, k, v, dheads = self.q[l], self.k[l], self.v[l], self.by_head
+    def _attend_backward(self, i: int) -> None:
+        q, k, v, dheads = self.q[i], self.k[i], self.v[i], self.by_head
         g = q.shape[1] // self.T
         for block, (begin, end) in reversed(list(enumerate(self.blocks))):
             queries = slice(begin * g, end * g)
-            weights, dweights = self.weights[l][block], self.dweights[block]
+            weights, dweights = self.weights[i][block], self.dweights[block]
             first = block == len(self.blocks) - 1  # the last block sees every key
             torch.bmm(dheads[:, queries], v[:, :end].mT, out=dweights)
-            kernels.causal_softmax_backward(self.np.weights[l][block], self.np.dweights[block], begin, g)
+            kernels.causal_softmax_backward(self.np.weights[i][block], self.np.dweights[block], begin, g)
             # The scores were computed with q · log₂ e / √hd: as dk is taken with that q, its log₂ e is taken out
             _add(self.dv[:, :end], weights.mT, dheads[:, queries], first)
             _add(self.dk[:, :end], dweights.mT, q[:, queries], first, math.log(2))

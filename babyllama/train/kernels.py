@@ -25,29 +25,27 @@ inlined = njit(fastmath=FAST, inline="always")
 
 # ---- numbers -------------------------------------------------------------------------------------
 @intrinsic
-def widen(typing, x):  # type: ignore[no-untyped-def]
+def widen(typing, x):
     """The float32 of a stored number."""
     if isinstance(x, types.Float):
         return types.float32(types.float32), lambda context, builder, signature, args: args[0]
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, args):
         return builder.bitcast(builder.shl(builder.zext(args[0], I32), I32(16)), F32)
 
     return types.float32(types.uint16), generate
 
 
 @intrinsic
-def narrow(typing, x, like):  # type: ignore[no-untyped-def]
+def narrow(typing, x, like):
     """A float32 as an array of `like`'s type stores it."""
     if isinstance(like, types.Float):
         return types.float32(types.float32, like), lambda context, builder, signature, args: args[0]
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, args):
         bits = builder.bitcast(args[0], I32)
         odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
-        rounded = builder.trunc(
-            builder.lshr(builder.add(bits, builder.add(odd, I32(0x7FFF))), I32(16)), U16
-        )
+        rounded = builder.trunc(builder.lshr(builder.add(bits, builder.add(odd, I32(0x7FFF))), I32(16)), U16)
         quiet = builder.trunc(builder.or_(builder.lshr(bits, I32(16)), I32(0x40)), U16)
         return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), quiet, rounded)
 
@@ -55,10 +53,10 @@ def narrow(typing, x, like):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def larger(typing, x, y):  # type: ignore[no-untyped-def]
+def larger(typing, x, y):
     """The larger of two float32, as one instruction on whole vectors. A NaN beside a number is passed over."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, args):
         function = builder.module.declare_intrinsic("llvm.maxnum", [F32], ir.FunctionType(F32, [F32, F32]))
         return builder.call(function, args, fastmath=("nnan", "nsz"))
 
@@ -66,10 +64,10 @@ def larger(typing, x, y):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def power_of_two(typing, n):  # type: ignore[no-untyped-def]
+def power_of_two(typing, n):
     """2ⁿ of a whole n from -126 to 127: its exponent bits."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, args):
         exponent = builder.add(builder.fptosi(args[0], I32), I32(127))
         return builder.bitcast(builder.shl(exponent, I32(23)), F32)
 
@@ -77,10 +75,10 @@ def power_of_two(typing, n):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def random_bits(typing, key, counter):  # type: ignore[no-untyped-def]
+def random_bits(typing, key, counter):
     """32 bits that are a function of (key, counter): two rounds of multiply and shift, with the key before each."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, args):
         key = builder.trunc(args[0], I32) if args[0].type.width > 32 else args[0]
         bits = builder.trunc(args[1], I32) if args[1].type.width > 32 else args[1]
         for multiplier in (0x7FEB352D, 0x846CA68B):  # by C. Wellons' search for integer hashes of low bias
@@ -99,7 +97,7 @@ E0, E1, E2, E3, E4, E5, E6 = (np.float32(math.log(2) ** k / math.factorial(k)) f
 
 
 @inlined
-def exp2(x):  # type: ignore[no-untyped-def]
+def exp2(x):
     """2ˣ for x up to 127, to 2e-7 of it; 2⁻¹²⁶ below -126. Taylor's series around the nearest whole number."""
     x = LOWEST if x < LOWEST else x
     whole = np.floor(x + HALF)
@@ -108,21 +106,21 @@ def exp2(x):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def sigmoid(x):  # type: ignore[no-untyped-def]
+def sigmoid(x):
     y = -x * LOG2E
     y = np.float32(126) if y > np.float32(126) else y
     return ONE / (ONE + exp2(y))
 
 
 @inlined
-def kept(key, counter, threshold, scale):  # type: ignore[no-untyped-def]
+def kept(key, counter, threshold, scale):
     """What dropout multiplies this number with: 0, or `scale` = 1 / (1 - rate)."""
     return ZERO if random_bits(key, counter) < threshold else scale
 
 
 # ---- kernels -------------------------------------------------------------------------------------
 @kernel
-def dropout(x, first, key, threshold, scale):  # type: ignore[no-untyped-def]
+def dropout(x, first, key, threshold, scale):
     """x (n, D), in place; `first` counts the numbers of the batch before x[0, 0]."""
     n, D = x.shape
     for t in range(n):
@@ -132,7 +130,7 @@ def dropout(x, first, key, threshold, scale):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def add_norm(before, branch, x, y, rms, gain, eps):  # type: ignore[no-untyped-def]
+def add_norm(before, branch, x, y, rms, gain, eps):
     """x = before + branch, y = x · rms · gain with rms = 1 / sqrt(mean(x²) + eps). All (n, D), rms (n), gain (D)."""
     n, D = x.shape
     for t in range(n):
@@ -149,8 +147,8 @@ def add_norm(before, branch, x, y, rms, gain, eps):  # type: ignore[no-untyped-d
 
 
 @kernel
-def norm_backward(dy, x, rms, gain, dx, rounded, dgain):  # type: ignore[no-untyped-def]
-    """Add to dx (n, D) what dy brings through the norm, to dgain (D) the gain's; `rounded` is a copy of dx to multiply."""
+def norm_backward(dy, x, rms, gain, dx, rounded, dgain):
+    """Add to dx (n, D) what dy brings through the norm, and to dgain (D); `rounded` is a copy of dx to multiply."""
     n, D = x.shape
     for t in range(n):
         given, row, out, copy, r = dy[t], x[t], dx[t], rounded[t], rms[t]
@@ -167,7 +165,7 @@ def norm_backward(dy, x, rms, gain, dx, rounded, dgain):  # type: ignore[no-unty
 
 
 @kernel
-def split_rotate(qkv, cos, sin, q, k, v, scale):  # type: ignore[no-untyped-def]
+def split_rotate(qkv, cos, sin, q, k, v, scale):
     """qkv (n, (H + 2K) hd) -> rotated q · scale (rows·K, T·g, hd), rotated k and v (rows·K, T, hd)."""
     T, half = cos.shape
     hd, shared = 2 * half, k.shape[0]
@@ -190,7 +188,7 @@ def split_rotate(qkv, cos, sin, q, k, v, scale):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def join_rotate_backward(dq, dk, dv, cos, sin, dqkv, scale):  # type: ignore[no-untyped-def]
+def join_rotate_backward(dq, dk, dv, cos, sin, dqkv, scale):
     """The gradient of split_rotate: rotate back, into dqkv (n, (H + 2K) hd)."""
     T, half = cos.shape
     hd, shared = 2 * half, dk.shape[0]
@@ -213,7 +211,7 @@ def join_rotate_backward(dq, dk, dv, cos, sin, dqkv, scale):  # type: ignore[no-
 
 
 @kernel
-def causal_softmax(scores, first, g, scratch):  # type: ignore[no-untyped-def]
+def causal_softmax(scores, first, g, scratch):
     """Scores (·, queries · g, keys), already times log₂ e, become weights in place.
 
     Query i stands at position first + i // g and sees the keys up to its own.
@@ -236,7 +234,7 @@ def causal_softmax(scores, first, g, scratch):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def causal_softmax_backward(weights, gradient, first, g):  # type: ignore[no-untyped-def]
+def causal_softmax_backward(weights, gradient, first, g):
     """The gradient of the weights becomes that of the scores in place."""
     for b in range(weights.shape[0]):
         for i in range(weights.shape[1]):
@@ -250,7 +248,7 @@ def causal_softmax_backward(weights, gradient, first, g):  # type: ignore[no-unt
 
 
 @kernel
-def swiglu(gate_up, product):  # type: ignore[no-untyped-def]
+def swiglu(gate_up, product):
     """gate_up (n, 2F) -> silu(gate) · up (n, F)."""
     n, width = product.shape
     for t in range(n):
@@ -261,7 +259,7 @@ def swiglu(gate_up, product):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def swiglu_backward(gate_up, gradient):  # type: ignore[no-untyped-def]
+def swiglu_backward(gate_up, gradient):
     """gate_up (n, 2F) becomes its own gradient, given that of the product (n, F)."""
     n, width = gradient.shape
     for t in range(n):
@@ -277,7 +275,7 @@ def swiglu_backward(gate_up, gradient):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def cross_entropy(logits, targets, ignore, scale, scratch):  # type: ignore[no-untyped-def]
+def cross_entropy(logits, targets, ignore, scale, scratch):
     """Nats, summed over the targets (n) that are not `ignore`; logits (n, V) become (softmax - one-hot) · scale."""
     n, V = logits.shape
     nats = 0.0
@@ -303,7 +301,7 @@ def cross_entropy(logits, targets, ignore, scale, scratch):  # type: ignore[no-u
 
 
 @kernel
-def add_up(parts, total, more):  # type: ignore[no-untyped-def]
+def add_up(parts, total, more):
     """total (N) = the sum of parts (workers, N), on top of what it holds if `more`. Returns the sum of its squares."""
     squares = 0.0
     workers, N = parts.shape
@@ -324,7 +322,7 @@ def add_up(parts, total, more):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def add_rows(tokens, rows, table):  # type: ignore[no-untyped-def]
+def add_rows(tokens, rows, table):
     """table[tokens[t]] += rows[t]: the gradient of a look-up. In order, so that the sum has the same bits each time."""
     for t in range(tokens.shape[0]):
         out, row = table[tokens[t]], rows[t]

@@ -2,7 +2,7 @@
 
 What training does to the model beyond model.py hangs on it from outside, as hooks: dropout on what each branch adds to
 the residual stream, and a norm after the embedding. Both leave a plain Llama behind: dropout does nothing afterwards,
-and the norm is folded into the embedding's rows (`folded`). On a CPU the same is computed several times as fast by cpu.py.
+and the norm is folded into the embedding's rows (`folded`). On a CPU cpu.py computes the same several times as fast.
 """
 
 import hashlib
@@ -36,8 +36,9 @@ class PlainStep:
     def __init__(self, model: Llama, plan: Plan) -> None:
         self.model, self.plan = model, plan
         self.keys: list[int] = []  # of dropout, in this step
-        branches = [part for layer in model.layers for part in (layer.attention, layer.feed_forward)]
-        self.sites = {module: site for site, module in enumerate([model.tok_embeddings, *branches])}
+        parts = ("attention", "feed_forward")
+        names = [f"layers.{i}.{part}" for i in range(plan.model.n_layers) for part in parts]
+        self.sites = {model.get_submodule(name): at for at, name in enumerate(["tok_embeddings", *names])}
 
     def __call__(self, tokens: Tensor, targets: Tensor, counted: int, step: int, part: int = 0) -> float:
         if part == 0:
@@ -81,7 +82,9 @@ def dropout_keys(plan: Plan, step: int, part: int) -> list[int]:
     """32 bits for each site: the embedding, then each layer's attention and feed-forward."""
     sites = 2 * plan.model.n_layers + 1 if plan.dropout > 0 else 0
     names = (f"dropout {plan.seed} {step} {part} {site}" for site in range(sites))
-    return [int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little") for name in names]
+    return [
+        int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little") for name in names
+    ]
 
 
 def dropout_mask(like: Tensor, key: int, rate: float) -> Tensor:

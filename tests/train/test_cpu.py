@@ -1,0 +1,314 @@
+"""The step written out for the CPU against model.py differentiated by PyTorch; its kernels against their formulas."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from babyllama.data.batches import IGNORE
+from babyllama.model import Config, Llama
+from babyllama.train import cpu, kernels
+from babyllama.train.cpu import CPUStep
+from babyllama.train.recipe import Plan
+from babyllama.train.step import PlainStep, dropout_keys, dropout_mask, folded
+
+V = 101
+SHAPES = {
+    "heads of their own": Config(vocab_size=V, dim=32, n_layers=2, n_heads=4),
+    "shared keys": Config(vocab_size=V, dim=48, n_layers=3, n_heads=6, n_kv_heads=2),
+    "one key for all": Config(vocab_size=V, dim=24, n_layers=1, n_heads=4, n_kv_heads=1, rope_theta=5e5),
+    "tied": Config(vocab_size=V, dim=32, n_layers=2, n_heads=4, tie_embeddings=True),
+    "a head wider than its share": Config(vocab_size=V, dim=32, n_layers=2, n_heads=2, head_dim=22),
+    "an odd feed-forward": Config(vocab_size=V, dim=20, n_layers=2, n_heads=2, hidden_dim=37, norm_eps=1e-3),
+}
+
+
+def model(config: Config, spread: float = 0.15) -> Llama:
+    """Weights large enough that no part is nearly linear; gains that are not 1."""
+    made, generator = Llama(config, seed=None), torch.Generator().manual_seed(3)
+    for name, weight in made.named_parameters():
+        weight.data.normal_(float(name.endswith("norm.weight")), spread, generator=generator)
+    return made
+
+
+def plan(config: Config, context: int = 16, batch_size: int = 3, **settings) -> Plan:
+    given = {"steps": 1, "threads": 2, "seed": 5, **settings}
+    return Plan(model=config, context=context, batch_size=batch_size, **given)
+
+
+def batch(rows: int, context: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, int]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens, targets = torch.randint(0, V, (2, rows, context), generator=generator)
+    targets[0, context // 2 :] = IGNORE
+    return tokens, targets, int((targets != IGNORE).sum())
+
+
+def gradients(step_kind, made: Llama, given: Plan, parts: int = 1) -> tuple[float, dict[str, torch.Tensor]]:
+    made = copy.deepcopy(made)
+    step, loss = step_kind(made, given), 0.0
+    tokens, targets, counted = batch(given.batch_size * parts, given.context)
+    for part, (some, wanted) in enumerate(zip(tokens.chunk(parts), targets.chunk(parts), strict=True)):
+        loss += step(some, wanted, counted, step=4, part=part)
+    return loss, {name: weight.grad.clone() for name, weight in made.named_parameters()}
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Of the parameter that is farthest off: length of the difference, as a share of the length of what is right."""
+    assert found.keys() == expected.keys()
+    return max(float((found[n] - expected[n]).norm() / expected[n].norm()) for n in expected)
+
+
+# ---- equal to model.py ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [1, 16, 19])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_gives_the_loss_and_every_gradient_of_the_model(shape, context):
+    made, given = model(SHAPES[shape]), plan(SHAPES[shape], context)
+    loss, found = gradients(CPUStep, made, given)
+    right, expected = gradients(PlainStep, made, given)
+    if context == 1:  # a token attends to itself alone: q and k have no gradient, and 0 / 0 is no distance
+        for name in [name for name in expected if ".wq." in name or ".wk." in name]:
+            assert max(found.pop(name).abs().max(), expected.pop(name).abs().max()) < 1e-6
+    assert loss == pytest.approx(right, rel=1e-6)
+    assert distance(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["heads of their own", "shared keys"])
+def test_more_positions_than_one_block_of_queries(shape, monkeypatch):
+    monkeypatch.setattr(cpu, "QUERIES", 16)
+    made, given = model(SHAPES[shape]), plan(SHAPES[shape], context=41, batch_size=2)
+    loss, found = gradients(CPUStep, made, given)
+    right, expected = gradients(PlainStep, made, given)
+    assert loss == pytest.approx(right, rel=1e-6)
+    assert distance(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["shared keys", "tied"])
+def test_bfloat16_is_as_far_from_the_truth_as_autocast(shape):
+    made = model(SHAPES[shape])
+    right, expected = gradients(PlainStep, made, plan(SHAPES[shape], 64, 8))
+    given = plan(SHAPES[shape], 64, 8, precision="bfloat16")
+    loss, found = gradients(CPUStep, made, given)
+    _, autocast = gradients(PlainStep, made, given)
+    assert loss == pytest.approx(right, rel=2e-3)
+    assert 1e-3 < distance(found, expected) < 0.05
+    ratios = [float((found[n] - expected[n]).norm() / (autocast[n] - expected[n]).norm()) for n in expected]
+    assert np.mean(ratios) < 1.2 and max(ratios) < 1.6
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dropout": 0.25}, {"embedding_norm": True}, {"dropout": 0.1, "embedding_norm": True}]
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_dropout_and_the_norm_after_the_embedding(settings, parts):
+    config = SHAPES["shared keys"]
+    made, given = model(config), plan(config, accumulation=parts, **settings)
+    loss, found = gradients(CPUStep, made, given, parts)
+    right, expected = gradients(PlainStep, made, given, parts)
+    plain, _ = gradients(PlainStep, made, plan(config, accumulation=parts), parts)
+    assert loss == pytest.approx(right, rel=1e-6) and loss != pytest.approx(plain, rel=1e-3)
+    assert distance(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["shared keys", "tied"])
+def test_parts_of_a_step_add_up(shape):
+    made = model(SHAPES[shape])
+    loss, found = gradients(CPUStep, made, plan(SHAPES[shape], batch_size=2), parts=3)
+    right, expected = gradients(CPUStep, made, plan(SHAPES[shape], batch_size=6))
+    assert loss == pytest.approx(right, rel=1e-6)
+    assert distance(found, expected) < 1e-5
+
+
+def test_the_number_of_workers_changes_roundings_only():
+    config = SHAPES["shared keys"]
+    made = model(config)
+    losses, found = zip(
+        *(gradients(CPUStep, made, plan(config, batch_size=5, dropout=0.2, threads=n)) for n in (1, 2, 5, 9)),
+        strict=True,
+    )
+    assert losses[1:] == pytest.approx(losses[:1] * 3, rel=1e-6)
+    assert max(distance(one, found[0]) for one in found[1:]) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_same_step_gives_the_same_bits(precision):
+    config = SHAPES["tied"]
+    given = plan(config, context=32, batch_size=4, precision=precision, dropout=0.1)
+    made = model(config)
+    first, second = gradients(CPUStep, made, given), gradients(CPUStep, made, given)
+    assert first[0] == second[0]
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+def test_a_step_leaves_nothing_behind_for_the_next():
+    config = SHAPES["shared keys"]
+    made, given = model(config), plan(config, dropout=0.2, embedding_norm=True)
+    fresh = gradients(CPUStep, made, given)
+    used = copy.deepcopy(made)
+    step = CPUStep(used, given)
+    step(*batch(3, 16, seed=9), step=3)
+    loss = step(*batch(3, 16), step=4)
+    assert loss == fresh[0]
+    assert all(torch.equal(weight.grad, fresh[1][name]) for name, weight in used.named_parameters())
+
+
+def test_weights_that_an_optimiser_changed_are_the_ones_used():
+    config = SHAPES["heads of their own"]
+    made, given = model(config), plan(config)
+    step = CPUStep(made, given)
+    before = step(*batch(3, 16), step=0)
+    torch.optim.SGD(made.parameters(), lr=0.5).step()
+    after = step(*batch(3, 16), step=1)
+    assert after < before - 0.01
+    assert after == pytest.approx(gradients(PlainStep, made, given)[0], rel=1e-6)
+
+
+def test_no_token_sees_a_later_one():
+    config = SHAPES["shared keys"]
+    step = CPUStep(model(config), plan(config, batch_size=2))
+    tokens, targets, _ = batch(2, 16)
+    targets[:, 9:] = IGNORE
+    first = step(tokens, targets, 1, step=0)
+    tokens[:, 9:] = (tokens[:, 9:] + 1) % V
+    assert step(tokens, targets, 1, step=0) == first
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name", ["tok_embeddings", "layers.0.attention.wq", "layers.1.feed_forward.w_down", "norm", "lm_head"]
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_is_not_finite_does_not_pass_unnoticed(name, bad, precision):
+    config = SHAPES["heads of their own"]
+    made = model(config)
+    weight = made.get_parameter(f"{name}.weight")
+    tokens, targets, counted = batch(3, 16)
+    with torch.no_grad():
+        weight.view(-1)[int(tokens[1, 2]) * 32 if name == "tok_embeddings" else 7] = bad
+    step = CPUStep(made, plan(config, precision=precision))
+    loss = step(tokens, targets, counted, step=0)
+    norms = [float(weight.grad.norm()) for weight in made.parameters()]
+    assert not math.isfinite(loss) or not all(map(math.isfinite, norms))
+
+
+def test_the_number_of_threads_is_as_before_a_step():
+    before = torch.get_num_threads()
+    config = SHAPES["tied"]
+    CPUStep(model(config), plan(config))(*batch(3, 16), step=0)
+    assert torch.get_num_threads() == before
+
+
+def test_a_state_can_be_loaded_into_a_model_that_was_moved():
+    config = SHAPES["tied"]
+    made, given = model(config), plan(config)
+    step = CPUStep(made, given)
+    made.load_state_dict(model(config, spread=0.05).state_dict())
+    assert step(*batch(3, 16), step=4) == pytest.approx(
+        gradients(PlainStep, model(config, spread=0.05), given)[0], rel=1e-6
+    )
+
+
+# ---- the fold ------------------------------------------------------------------------------------
+
+
+def test_folded_is_the_model_with_a_norm_after_the_embedding_and_is_undone():
+    config = SHAPES["shared keys"]
+    made, given = model(config), plan(config, embedding_norm=True)
+    tokens = batch(3, 16)[0]
+    before = {name: weight.clone() for name, weight in made.state_dict().items()}
+    normed = made.tok_embeddings.register_forward_hook(
+        lambda module, inputs, out: F.rms_norm(out, out.shape[-1:], eps=config.norm_eps)
+    )
+    expected = made(tokens)
+    normed.remove()
+    with folded(made, given) as plain:
+        assert torch.allclose(plain(tokens), expected, atol=1e-5)
+        assert not torch.allclose(made.tok_embeddings.weight, before["tok_embeddings.weight"], atol=1e-2)
+    assert all(torch.equal(made.state_dict()[name], before[name]) for name in before)
+    with folded(made, plan(config)):
+        assert torch.equal(made.tok_embeddings.weight, before["tok_embeddings.weight"])
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+@kernels.kernel
+def _exp2(x, out):
+    for i in range(x.shape[0]):
+        out[i] = kernels.exp2(x[i])
+
+
+@kernels.kernel
+def _store(x, out):
+    for i in range(x.shape[0]):
+        out[i] = kernels.narrow(x[i], out[i])
+
+
+@kernels.kernel
+def _load(x, out):
+    for i in range(x.shape[0]):
+        out[i] = kernels.widen(x[i])
+
+
+def test_powers_of_two():
+    x = np.concatenate([np.linspace(-125.9, 126.9, 100_003), np.arange(-126, 127)]).astype(np.float32)
+    out = np.empty_like(x)
+    _exp2(x, out)
+    assert np.abs(out / np.exp2(x.astype(np.float64)) - 1).max() < 3e-7
+    below = np.array([-127, -1e4, -np.inf], dtype=np.float32)
+    _exp2(below, out[:3])
+    assert (out[:3] == np.float32(2.0**-126)).all()
+
+
+def test_bfloat16_is_rounded_and_read_as_torch_does():
+    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
+    ties = (np.arange(2000, dtype=np.uint32) << 16) + 0x3F008000
+    special = np.array([0, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7FFFFFFF, 0x7F7FFFFF, 1, 0xFFFF])
+    x = np.concatenate([bits, ties, special.astype(np.uint32)]).view(np.float32)
+    expected = torch.from_numpy(x).bfloat16()
+    stored, read = np.empty(len(x), dtype=np.uint16), np.empty(len(x), dtype=np.float32)
+    _store(x, stored)
+    _load(stored, read)
+    assert torch.equal(torch.from_numpy(read).isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert torch.equal(torch.from_numpy(stored).view(torch.bfloat16)[number], expected[number])
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_is_the_same_in_both_steps_and_drops_its_share(rate):
+    x = torch.ones(300, 64)
+    expected = dropout_mask(x, 0x12345678, rate)
+    drop = cpu.Dropout([0x12345678], rate)
+    above, below = x[:100].clone(), x[100:].clone()
+    drop(above.numpy(), 0, 0)
+    drop(below.numpy(), 100 * 64, 0)
+    assert torch.equal(torch.cat([above, below]), expected)
+    assert expected.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
+    share = float((expected == 0).float().mean())
+    assert abs(share - rate) < 4 * math.sqrt(rate * (1 - rate) / x.numel())
+
+
+def test_dropout_differs_by_seed_step_part_and_place():
+    config = SHAPES["shared keys"]
+    given, other = plan(config, dropout=0.1), plan(config, dropout=0.1, seed=6)
+    keys = [
+        *dropout_keys(given, 0, 0),
+        *dropout_keys(given, 1, 0),
+        *dropout_keys(given, 0, 1),
+        *dropout_keys(other, 0, 0),
+    ]
+    assert len(keys) == 4 * 7 == len(set(keys))
+    masks = [dropout_mask(torch.ones(64, 64), key, 0.5).flatten() for key in keys[:8]]
+    correlation = np.corrcoef(np.stack([mask.numpy() for mask in masks]))
+    assert np.abs(correlation - np.eye(8)).max() < 4.5 / 64  # deviations of an independent one
+
+
+def test_neighbours_are_dropped_independently():
+    mask = dropout_mask(torch.ones(512, 512), 77, 0.5) / 2
+    centred = mask - 0.5
+    for shifted in (centred.roll(1, 1), centred.roll(1, 0), centred.roll(7, 1)):
+        assert abs(float((centred * shifted).mean())) < 4 * 0.25 / 512
