@@ -514,9 +514,11 @@ def measure(cells: list[Cell], where: Line, given: argparse.Namespace, path: Pat
     try:
         for worker in workers:
             worker.join()
-    except KeyboardInterrupt:  # the runs in progress heard it too
+    except KeyboardInterrupt:  # the runs in progress heard it too, and end
         stop.set()
-        raise
+        for worker in workers:
+            worker.join()
+        raise SystemExit("stopped; the same command goes on from here") from None
     return refused
 
 

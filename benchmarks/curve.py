@@ -35,7 +35,7 @@ def read(path: Path, clock: str) -> dict[tuple[str, str], list[list[tuple[float,
 
 
 def draw(table: Path, stem: Path, clock: str = "cold") -> list[Path]:
-    """A line for each run: the budgets of a contestant share a hue, and a dot marks where a schedule ended."""
+    """A line for each run: those of a contestant share a hue, and a dot marks where a schedule ended."""
     found, drawn = read(table, clock), []
     names = list(dict.fromkeys(name for name, _ in found))
     tuned = {name for name, how in found if "tuned" in how}
