@@ -210,7 +210,7 @@ class Optimizer:
         self.muon = Muon(members.pop("matrix"), plan) if plan.optimizer == "muon" else None
         self.adamw = make_adamw(members, plan)
         self.weights = {
-            name: weight for group in members.values() for name, weight in group.items()
+            name: weight for name, weight in model.named_parameters() if role(name) in members
         }  # AdamW's
 
     def rate(self, progress: float) -> float:
