@@ -5,6 +5,7 @@ safe. Needs os.fork.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import os
@@ -125,6 +126,28 @@ def fork(work: Callable[[], object], said: Path | None = None) -> int:
 def ended(child: int) -> int:
     """Wait for a child: its exit status, or -N when signal N killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class Watch:
+    """Seconds that a child takes to end, less those that it or we were only kept waiting for a core."""
+
+    def __init__(self, child: int) -> None:
+        self.processes = child, os.getpid()
+        self.start = time.monotonic() - self.queued()
+
+    def queued(self) -> float:
+        """Seconds in the queue of the processor so far; 0 where the system does not tell."""
+        waited = 0
+        for process in self.processes:
+            with contextlib.suppress(OSError, IndexError):
+                waited += int(Path(f"/proc/{process}/schedstat").read_text(encoding="ascii").split()[1])
+        return waited / 1e9
+
+    def ended(self) -> tuple[int, float]:
+        """What `ended` says, and the seconds."""
+        os.waitid(os.P_PID, self.processes[0], os.WEXITED | os.WNOWAIT)  # its figures go with it
+        seconds = time.monotonic() - self.queued() - self.start
+        return ended(self.processes[0]), max(0.0, seconds)
 
 
 def main(torture: Callable[[Path, int, int], Tally], count: int, description: str) -> None:

@@ -13,11 +13,11 @@ import signal
 import time
 from pathlib import Path
 
-from forks import Tally, attempt, command, ended, fork, main, prepared
+from forks import Tally, Watch, attempt, command, ended, fork, main, prepared
 
 from babyllama import cli
 
-SOON = 2.0  # seconds
+SOON, PATIENCE = 2.0, 60.0  # seconds; the first of a process that gets a core when it wants one
 FOREVER = 10**7  # steps
 
 
@@ -40,13 +40,16 @@ def torture(folder: Path, count: int, seed: int) -> Tally:
         time.sleep(0.02)  # both stand at the gate
         os.close(gate)
         os.close(opens)
-        released, status, left = time.monotonic(), None, 0
-        while status is None and time.monotonic() - released < 3 * SOON:
-            left, code = os.waitpid(-1, os.WNOHANG)
-            status = os.waitstatus_to_exitcode(code) if left else None
+        watches, deadline = {child: Watch(child) for child in said}, time.monotonic() + PATIENCE
+        left = None
+        while left is None and time.monotonic() < deadline:
+            left = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
             time.sleep(0.002)
-        slowest = max(slowest, waited := time.monotonic() - released)
-        text = said.pop(left).read_text(encoding="utf-8") if left else ""
+        status, waited, text = None, 0.0, ""
+        if left is not None:
+            status, waited = watches[left.si_pid].ended()
+            text = said.pop(left.si_pid).read_text(encoding="utf-8")
+        slowest = max(slowest, waited)
         tally.expect(status == 4 and "E402" in text, f"pair {number}: exit status {status} {text}")
         tally.expect(waited <= SOON, f"pair {number}: {waited:.1f} s")
         for winner in said:  # two, where nobody gave way
