@@ -77,6 +77,7 @@ def train(
 
     Raises the coded errors of babyllama.errors. Whatever they are, what was saved before stays.
     """
+    began = time.perf_counter()
     out = Path(out)
     check(minutes, steps, size, device, settings)
     if not (out / RUN_JSON).exists():
@@ -121,7 +122,7 @@ def train(
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         run = Run.create(out, facts)
-        _train(run, chosen, corpus, None, tell)
+        _train(run, chosen, corpus, None, tell, time.perf_counter() - began)
     return run
 
 
@@ -151,7 +152,9 @@ def resume(
     return run
 
 
-def _train(run: Run, chosen: Plan, corpus: Corpus, step: int | None, tell: Callable[[Any], None]) -> None:
+def _train(
+    run: Run, chosen: Plan, corpus: Corpus, step: int | None, tell: Callable[[Any], None], used: float = 0.0
+) -> None:
     tell(Planned(chosen, corpus))
 
     def sample(model: Llama) -> str:
@@ -160,7 +163,7 @@ def _train(run: Run, chosen: Plan, corpus: Corpus, step: int | None, tell: Calla
             "", max_tokens=min(SAMPLE_TOKENS, chosen.context - 1), temperature=0.8, top_p=0.95
         )
 
-    tell(loop.train(run, chosen, corpus, step=step, tell=tell, sample=sample))
+    tell(loop.train(run, chosen, corpus, step=step, tell=tell, sample=sample, used=used))
 
 
 def check_device(device: str) -> None:

@@ -11,7 +11,9 @@ multiplied, is copied to the products' precision once a step.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -47,12 +49,12 @@ class CPUStep:
             _Worker(self.config, plan.context, rows, self.weights, part, self.dtype)
             for rows, part in zip(self.rows, self.parts, strict=True)
         ]
-        self.pool = ThreadPoolExecutor(count)
+        self.pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
         edges = [self.multiplied * i // count for i in range(count + 1)]
         self.slices = [slice(*pair) for pair in pairwise(edges)]
 
     def _flatten(self) -> None:
-        """Move the parameters into `self.flat` and give each a view of `self.gradients`."""
+        """Move the parameters into `self.flat`; their gradients will stand in `self.gradients`, in the same order."""
         tied, L = self.model.lm_head is None, self.config.n_layers
         matrices = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
         matrices += [f"feed_forward.{name}" for name in ("w_gate", "w_up", "w_down")]
@@ -64,11 +66,14 @@ class CPUStep:
         order = [self.model.get_parameter(f"{name}.weight") for name in names]
         ends = list(accumulate(weight.numel() for weight in order))
         self.flat, self.gradients = torch.empty(ends[-1]), torch.zeros(ends[-1])
+        self.views: list[
+            tuple[torch.nn.Parameter, Tensor]
+        ] = []  # each parameter, and where its gradient stands
         for weight, end in zip(order, ends, strict=True):
             place = slice(end - weight.numel(), end)
             self.flat[place] = weight.detach().flatten()
             weight.data = self.flat[place].view(weight.shape)
-            weight.grad = self.gradients[place].view(weight.shape)
+            self.views.append((weight, self.gradients[place].view(weight.shape)))
         self.table = self.model.tok_embeddings.weight.detach()
         gains = 2 * L + 1
         embedding = ends[-1 - gains]  # where the embedding ends
@@ -82,24 +87,57 @@ class CPUStep:
 
         `part` 0 begins a step, the later ones add to its gradients.
         """
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # for each worker's own products
-        try:
-            tasks = range(len(self.workers))
+        keys = dropout_keys(self.plan, step, part)
+        with self._one_thread_each():
             if part == 0:
-                list(self.pool.map(self._refresh, tasks))
-            keys = dropout_keys(self.plan, step, part)
-            nats = list(self.pool.map(lambda i: self._work(i, tokens, targets, counted, keys), tasks))
-            list(self.pool.map(lambda i: self._gather(i, part > 0), tasks))
+                self._each(lambda i: self._refresh(i, self.plan.embedding_norm))
+            nats = self._each(lambda i: self._work(i, tokens, targets, counted, keys))
+            self._each(lambda i: self._gather(i, part > 0))
             self._gather_rest(part > 0)
-        finally:
-            torch.set_num_threads(threads)
+        for weight, gradient in self.views:
+            weight.grad = gradient
         return sum(nats) / counted
 
-    def _refresh(self, i: int) -> None:
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V), with nothing dropped. T is the context of the plan."""
+        batch = torch.zeros(self.rows[-1].stop, tokens.shape[1], dtype=tokens.dtype)
+        found = []
+        with self._one_thread_each():
+            self._each(lambda i: self._refresh(i, norm=False))
+            for some in tokens.split(len(batch)):
+                batch[: len(some)] = some
+                found.append(torch.cat(self._each(lambda i: self._answer(i, batch)))[: len(some)])
+        return torch.cat(found)
+
+    @contextmanager
+    def _one_thread_each(self) -> Iterator[None]:
+        """PyTorch's products stay in the thread of the worker that asks for them."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def _each(self, do: Callable[[int], Any]) -> list[Any]:
+        """do(i) for every worker, side by side."""
+        tasks = range(len(self.workers))
+        return [do(0)] if len(tasks) == 1 else list(self.pool.map(do, tasks))
+
+    def _answer(self, i: int, tokens: Tensor) -> Tensor:
+        worker = self.workers[i]
+        worker.tokens[:] = tokens[self.rows[i]].flatten()
+        worker.dropout = Dropout([], 0.0)
+        worker.forward()
+        return worker.logits.view(worker.R, worker.T, -1).float()
+
+    def _refresh(self, i: int, norm: bool) -> None:
         """Bring the weights that are multiplied with up to date."""
         self.working[self.slices[i]] = self.flat[self.slices[i]]
-        if i == 0 and self.plan.embedding_norm:
+        if i > 0 or not self.plan.embedding_norm:
+            return
+        self.weights.table.copy_(self.table)
+        if norm:
             self.table_rms = (self.table.square().mean(-1) + self.config.norm_eps).rsqrt()
             torch.mul(self.table, self.table_rms[:, None], out=self.weights.table)
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -30,14 +29,16 @@ from babyllama.checkpoint.run import METRICS, Run
 from babyllama.data.batches import IGNORE, Batches
 from babyllama.data.corpus import Corpus
 from babyllama.errors import BabyLlamaError, InputError, MachineError, NumericalError
-from babyllama.model import Llama, Tap, no_tap, tap_names
+from babyllama.model import Llama, tap_names
 from babyllama.train.evaluate import Score, score
-from babyllama.train.optim import adamw, learning_rate, load_optimizer, optimizer_tensors
+from babyllama.train.optim import Average, Optimizer
 from babyllama.train.recipe import Plan
+from babyllama.train.step import PlainStep, Step, folded, loss_sum, products, start
 
 OPTIMIZER = "optim.safetensors"
 RECORDS = 200  # steps that metrics.jsonl tells of, evenly over a run
-RESERVED = 0.03  # of a time budget, for the last evaluation and the last save
+TRAINED = "tok_embeddings.weight.trained"  # as the optimiser has it, where the model's file has it folded
+LAST_SHARE = 0.02  # of a time budget, at most, for the evaluation of the last weights
 SKIPS = 3  # steps in a row that are not finite; that many end the run
 
 # ---- what the loop tells ------------------------------------------------------------------------
@@ -111,10 +112,12 @@ def train(
     step: int | None = None,
     tell: Tell = lambda event: None,
     sample: Callable[[Llama], str] | None = None,
+    used: float = 0.0,
 ) -> Outcome:
     """Train until the plan's steps or seconds are used, from the newest intact saved step, or from `step`, or from new.
 
-    `tell` hears of every step; `sample` writes a text with the model at each evaluation. The caller holds the lock.
+    `tell` hears of every step; `sample` writes a text with the model at each evaluation; `used` seconds of a new run's
+    budget are gone already. The caller holds the lock.
 
     Raises InputError E207 (no saved step is intact; or E2xx for the `step` asked for), NumericalError E501 (SKIPS steps
     in a row, or the weights themselves, are not finite; what was saved stays), MachineError E401, E403 (cannot save),
@@ -124,7 +127,7 @@ def train(
     torch.set_num_threads(plan.threads)
     try:
         with _signals() as caught:
-            return _Training(run, plan, corpus, tell, sample).run_from(step, caught)
+            return _Training(run, plan, corpus, tell, sample, used).run_from(step, caught)
     except (RuntimeError, MemoryError) as error:
         if "allocate" in str(error) or isinstance(error, MemoryError | torch.OutOfMemoryError):
             rows = max(1, plan.batch_size // 2)
@@ -140,13 +143,22 @@ def train(
 
 class _Training:
     def __init__(
-        self, run: Run, plan: Plan, corpus: Corpus, tell: Tell, sample: Callable[[Llama], str] | None
+        self,
+        run: Run,
+        plan: Plan,
+        corpus: Corpus,
+        tell: Tell,
+        sample: Callable[[Llama], str] | None,
+        used: float = 0.0,
     ) -> None:
         self.run, self.plan, self.corpus, self.tell, self.sample = run, plan, corpus, tell, sample
         self.batches = Batches(corpus.train_ids, plan.context, plan.batch_size * plan.accumulation, plan.seed)
         self.byte_lengths = corpus.tokenizer.byte_lengths()
         self.after_bos = corpus.tokenizer.bos_id, corpus.tokenizer.byte_lengths(corpus.tokenizer.bos_id)
-        self.step, self.seconds, self.best_bits = 0, 0.0, math.inf
+        self.clock = time.perf_counter()  # when `seconds` was last brought up to date
+        self.step, self.seconds, self.best_bits = 0, used, math.inf
+        self.last_tokens: int | None = None  # scored of the last weights; None: all there are
+        self.reserved = 0.0  # seconds of the budget kept for that, and for the last save
         self.skipped, self.skipped_in_a_row = 0, 0
         self.evaluated: Score | None = None  # at this very step
 
@@ -159,8 +171,8 @@ class _Training:
         elif wanted is not None:
             self.run.checked(wanted)
         if wanted is None:
-            self.model = Llama(self.plan.model, seed=self.plan.seed).to(self.plan.device)
-            self.optimizer = adamw(self.model, self.plan)
+            self._take(Llama(self.plan.model, seed=self.plan.seed))
+            start(self.model, self.plan)
         else:
             self._load(wanted)
         self._forget_metrics_after(self.step)
@@ -184,14 +196,11 @@ class _Training:
                 "holds a model of another shape than run.json",
                 "restore the run folder from a copy",
             )
-        self.model = Llama(config, seed=None)
-        self.model.load_state_dict(weights, strict=True)
-        self.model.to(self.plan.device)
-        self.optimizer = adamw(self.model, self.plan)
+        model = Llama(config, seed=None)
+        model.load_state_dict(weights, strict=True)
+        self._take(model)
         try:
-            moments = load_safetensors((folder / OPTIMIZER).read_bytes())
-            if moments:  # there are none when every step so far was skipped
-                load_optimizer(self.model, self.optimizer, moments)
+            self._set_tensors(load_safetensors((folder / OPTIMIZER).read_bytes()))
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.skipped = int(state.get("skipped", 0))  # not in states of earlier versions
             self.skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
@@ -203,6 +212,28 @@ class _Training:
             raise InputError(
                 "E206", str(folder), f"lacks a part of the training state ({error})", fix
             ) from None
+
+    def _take(self, model: Llama) -> None:
+        """Train this model from now on."""
+        self.model = model.to(self.plan.device)
+        self.differentiate = _step(self.model, self.plan)
+        self.optimizer = Optimizer(self.model, self.plan)
+        self.average = Average(self.model, self.plan) if self.plan.average else None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a step needs besides the model as it is saved."""
+        tensors = self.optimizer.tensors()
+        if self.plan.embedding_norm:
+            tensors[TRAINED] = self.model.tok_embeddings.weight.detach()
+        return tensors | (self.average.tensors() if self.average is not None else {})
+
+    def _set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Raises KeyError when one is missing."""
+        self.optimizer.load(tensors)
+        if self.plan.embedding_norm:
+            self.model.tok_embeddings.weight.data.copy_(tensors[TRAINED])
+        if self.average is not None:
+            self.average.load(tensors)
 
     def save(self) -> None:
         """Save this step. Raises NumericalError E501, and writes nothing, when a tensor of it is not finite."""
@@ -218,43 +249,60 @@ class _Training:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
-        files = model_files(self.plan.model, self.model.state_dict(), self.corpus.tokenizer)
-        moments = {
-            name: tensor.cpu().contiguous()
-            for name, tensor in optimizer_tensors(self.model, self.optimizer).items()
-        }
-        files[OPTIMIZER] = save_safetensors(moments)
+        with folded(self.model, self.plan) as plain:
+            files = model_files(self.plan.model, plain.state_dict(), self.corpus.tokenizer)
+        files[OPTIMIZER] = save_safetensors(
+            {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
+        )
         self.tell(Saved(self.step, str(self.run.save(self.step, files, state))))
 
     # ---- time ----------------------------------------------------------------------------------
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done: of its steps, or of its seconds less what the last evaluation will take."""
+        """Share of the run that is done: of its steps, or of its seconds less what comes after the last step."""
         if self.plan.steps:
             return self.step / self.plan.steps
-        return self.seconds / (self.plan.seconds * (1 - RESERVED))
+        return self.seconds / (self.plan.seconds - self.reserved)
 
     def seconds_left(self, rate: float) -> float:
         if self.plan.steps:
             return (self.plan.steps - self.step) * self.plan.tokens_per_step / rate if rate else math.inf
         return max(0.0, self.plan.seconds - self.seconds)
 
+    def _tick(self) -> float:
+        """Bring `seconds` up to date. Returns the time."""
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        return now
+
+    def _reserve(self) -> None:
+        """Decide how many tokens the last weights are scored on, and how many seconds that and the last save take."""
+        if self.plan.steps:
+            return
+        some = min(4 * self.plan.context, len(self.corpus.val_ids))
+        self._score(self.model, some)  # warms up
+        began = time.perf_counter()
+        scored = self._score(self.model, some)
+        rate = scored.tokens / (time.perf_counter() - began)
+        affordable = int(LAST_SHARE * self.plan.seconds * rate)
+        self.last_tokens = None if len(self.corpus.val_ids) <= affordable else max(some, affordable)
+        self.reserved = min(self.last_tokens or math.inf, len(self.corpus.val_ids)) / rate
+
     # ---- running -------------------------------------------------------------------------------
 
     def run_from(self, wanted: int | None, caught: list[int]) -> Outcome:
         self.restore(wanted)
-        clock, recent = time.perf_counter(), [(time.perf_counter(), self.step)]
-        last_save, saved = clock, self.step
+        self._reserve()
+        recent = [(time.perf_counter(), self.step)]
+        last_save, saved = time.perf_counter(), self.step
         save_due = evaluation_due = False
         while self.progress < 1 and not caught:
             before = self.progress
-            rate = learning_rate(self.plan, before)
-            loss, norm = self.take_step(rate)
+            loss, norm = self.take_step(before)
             self.step += 1
             self.evaluated = None
-            now = time.perf_counter()
-            self.seconds, clock = self.seconds + now - clock, now
+            now = self._tick()
             recent = [*recent[-50:], (now, self.step)]
             speed = (
                 (recent[-1][1] - recent[0][1])
@@ -263,7 +311,9 @@ class _Training:
             )
             left = self.seconds_left(speed)
             if not self.skipped_in_a_row:
-                done, memory = min(1.0, self.progress), peak_memory()
+                if self.average is not None:
+                    self.average.update(self.model, min(1.0, self.progress))
+                done, memory, rate = min(1.0, self.progress), peak_memory(), self.optimizer.rate(before)
                 stepped = Stepped(self.step, done, loss, norm, rate, speed, self.seconds, left, memory)
                 self.tell(stepped)
                 if self._due(before, RECORDS):
@@ -285,13 +335,15 @@ class _Training:
             if self.step > 0 and self.step != saved:  # at 0 there is nothing that a new start would not make
                 self.save()
             return Outcome(self.step, None, caught[0])
-        return self.finish()
+        outcome = self.finish()
+        self._tick()
+        return outcome
 
     def _due(self, before: float, times: int) -> bool:
         """Whether one of `times` even marks lies between the progress `before` this step and now; the end is one."""
         return self.progress >= 1 or math.floor(before * times) != math.floor(self.progress * times)
 
-    def take_step(self, rate: float) -> tuple[float, float]:
+    def take_step(self, progress: float) -> tuple[float, float]:
         """One update. Returns the loss in nats per target token and the norm of the gradient before clipping.
 
         If one of these is not finite, nothing is updated: the step is skipped.
@@ -303,55 +355,70 @@ class _Training:
             torch.from_numpy(each).to(self.plan.device) for each in self.batches.batch(self.step)
         )
         counted = int((targets != IGNORE).sum())
-        loss = 0.0
-        for some, wanted in zip(
-            tokens.chunk(self.plan.accumulation), targets.chunk(self.plan.accumulation), strict=True
-        ):
-            part = loss_sum(self.logits(some), wanted) / counted
-            part.backward()
-            loss += part.item()
+        parts = zip(tokens.chunk(self.plan.accumulation), targets.chunk(self.plan.accumulation), strict=True)
+        loss = sum(
+            self.differentiate(some, wanted, counted, self.step, part)
+            for part, (some, wanted) in enumerate(parts)
+        )
         gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if math.isfinite(loss) and bool(norm.isfinite()):
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.plan.clip or math.inf, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
+            if self.plan.clip:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.plan.clip, norm)
+            self.optimizer.step(progress)
             self.skipped_in_a_row = 0
         else:
             self._skip(loss, float(norm), tokens, targets)
-        self.optimizer.zero_grad()
         return loss, float(norm)
-
-    def logits(self, tokens: Tensor, tap: Tap = no_tap) -> Tensor:
-        """The model's answer, with matrix products in the plan's precision."""
-        kind = self.plan.device.partition(":")[0]
-        with torch.autocast(kind, torch.bfloat16, enabled=self.plan.precision == "bfloat16"):
-            return self.model(tokens, tap=tap)
 
     def evaluate(self) -> None:
         self._refuse_not_finite()
-        scored = self._score(self.logits, self.plan.evaluation_tokens)
+        scored = self._score(self.differentiate.logits, self.plan.evaluation_tokens)
+        if self.average is not None and self.progress >= 1:
+            scored = self._better_of_average(scored)
         best, self.best_bits = (
             scored.bits_per_byte < self.best_bits,
             min(self.best_bits, scored.bits_per_byte),
         )
         self.evaluated = scored
-        text = self.sample(self.model) if self.sample is not None else None
+        with folded(self.model, self.plan) as plain:
+            text = self.sample(plain) if self.sample is not None else None
         self._record(event="evaluation", step=self.step, seconds=self.seconds, sample=text, **asdict(scored))
         self.tell(Evaluated(self.step, scored, text, best))
 
     def finish(self) -> Outcome:
-        """Score all of the validation text in float32 with the last weights."""
-        whole = self._score(self.model, None)
+        """Score the last weights in float32: on all of the validation text, or on what the time allows."""
+        whole = self._score(self.model, self.last_tokens)
         self._record(event="finished", step=self.step, seconds=self.seconds, **asdict(whole))
         return Outcome(self.step, whole, None)
 
+    @torch.no_grad()
+    def _better_of_average(self, last: Score) -> Score:
+        """Keep the average of the weights if it predicts better than the last of them, and the better score."""
+        assert self.average is not None
+        weights = dict(self.model.named_parameters())
+        before = {name: weight.clone() for name, weight in weights.items()}
+        for name, mean in self.average.weights().items():
+            weights[name].copy_(mean)
+        averaged = self._score(self.differentiate.logits, self.plan.evaluation_tokens)
+        if averaged.bits_per_byte < last.bits_per_byte:
+            return averaged
+        for name, weight in before.items():
+            weights[name].copy_(weight)
+        return last
+
     def _score(self, logits: Callable[[Tensor], Tensor], max_tokens: int | None) -> Score:
         ids = np.asarray(self.corpus.val_ids)
-        scored = score(
-            logits, ids, self.byte_lengths, self.plan.context, max_tokens, self.plan.device, self.after_bos
-        )
+        with folded(self.model, self.plan):
+            scored = score(
+                logits,
+                ids,
+                self.byte_lengths,
+                self.plan.context,
+                max_tokens,
+                self.plan.device,
+                self.after_bos,
+            )
         if not math.isfinite(scored.bits_per_byte):
             raise self._not_finite(f"bits per byte on validation are {scored.bits_per_byte}")
         return scored
@@ -389,10 +456,11 @@ class _Training:
             return value
 
         losses_are_finite = True
-        for row, wanted in zip(tokens.split(1), targets.split(1), strict=True):
-            found: list[str] = []
-            losses_are_finite &= bool(loss_sum(self.logits(row, tap=look), wanted).isfinite())
-            firsts += found[:1]
+        with folded(self.model, self.plan) as plain:
+            for row, wanted in zip(tokens.split(1), targets.split(1), strict=True):
+                found: list[str] = []
+                losses_are_finite &= bool(loss_sum(products(plain, row, self.plan, look), wanted).isfinite())
+                firsts += found[:1]
         if firsts:
             return min(firsts, key=names.index)
         if not losses_are_finite:
@@ -404,8 +472,7 @@ class _Training:
 
     def _refuse_not_finite(self) -> None:
         """Raises NumericalError E501 when a weight, or what the optimiser remembers of it, is not finite."""
-        memory = optimizer_tensors(self.model, self.optimizer)
-        for name, tensor in [*self.model.state_dict().items(), *memory.items()]:
+        for name, tensor in [*self.model.state_dict().items(), *self._tensors().items()]:
             if not tensor.isfinite().all():
                 raise self._not_finite(f"{name} is not finite, so this step is not saved")
 
@@ -428,11 +495,13 @@ class _Training:
             replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
-def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over the targets that are not IGNORE, in float32."""
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+def _step(model: Llama, plan: Plan) -> Step:
+    """What differentiates this model on this device."""
+    if plan.device != "cpu":
+        return PlainStep(model, plan)
+    from babyllama.train.cpu import CPUStep  # which loads numba
+
+    return CPUStep(model, plan)
 
 
 def peak_memory() -> int | None:

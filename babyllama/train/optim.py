@@ -13,7 +13,7 @@ Sources: [AdamW] arXiv:1711.05101  [Muon] https://kellerjordan.github.io/posts/m
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from babyllama.train.recipe import Plan
 # ---- roles ---------------------------------------------------------------------------------------
 
 ROLES = ("matrix", "embedding", "head", "gain")
-Weights = dict[str, Tensor]  # by parameter name, "layers.0.attention.wq.weight"
+Weights = Mapping[str, Tensor]  # by parameter name, "layers.0.attention.wq.weight"
 
 
 def role(name: str) -> str:
@@ -36,9 +36,9 @@ def role(name: str) -> str:
     return {"tok_embeddings.weight": "embedding", "lm_head.weight": "head"}.get(name, "matrix")
 
 
-def by_role(model: Llama) -> dict[str, Weights]:
+def by_role(model: Llama) -> dict[str, dict[str, Tensor]]:
     """All parameters of a model, each under its one role."""
-    members: dict[str, Weights] = {kind: {} for kind in ROLES}
+    members: dict[str, dict[str, Tensor]] = {kind: {} for kind in ROLES}
     for name, weight in model.named_parameters():
         members[role(name)][name] = weight
     return members
@@ -129,7 +129,7 @@ class Muon:
     def __init__(self, matrices: Weights, plan: Plan) -> None:
         self.plan = plan
         self.dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
-        shapes: dict[torch.Size, Weights] = {}
+        shapes: dict[torch.Size, dict[str, Tensor]] = {}
         for name, weight in matrices.items():
             shapes.setdefault(weight.shape, {})[name] = weight
         self.batches = list(shapes.values())
@@ -179,7 +179,7 @@ def agreeing(weight: Tensor, update: Tensor) -> Tensor:
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # as torch names them
 
 
-def make_adamw(members: dict[str, Weights], plan: Plan) -> torch.optim.AdamW:
+def make_adamw(members: Mapping[str, Weights], plan: Plan) -> torch.optim.AdamW:
     """AdamW over one group for each role; only matrices decay: a gain or a rare token's row would be pulled to 0 for
     nothing. Source: [AdamW]. `fused` updates all parameters in one pass over memory."""
     groups: list[dict[str, Any]] = [
@@ -316,22 +316,3 @@ class Average:
         for name, mean in self.mean.items():
             mean.copy_(tensors[f"{name}.average"])
         self.progress = float(tensors["average.progress"])
-
-
-# ---- for a loop that sets the rate of each step itself --------------------------------------------
-
-
-def adamw(model: Llama, plan: Plan) -> torch.optim.AdamW:
-    return make_adamw(by_role(model), plan)
-
-
-def learning_rate(plan: Plan, progress: float) -> float:
-    return plan.learning_rate * schedule(plan, progress)
-
-
-def optimizer_tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return adamw_tensors(dict(model.named_parameters()), optimizer)
-
-
-def load_optimizer(model: Llama, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    load_adamw(dict(model.named_parameters()), optimizer, tensors)

@@ -8,17 +8,18 @@ and the norm is folded into the embedding's rows (`folded`). On a CPU cpu.py com
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from babyllama.data.batches import IGNORE
-from babyllama.model import Llama
+from babyllama.model import Llama, Tap, init_std, no_tap
 from babyllama.train.recipe import Plan
 
 
+@runtime_checkable
 class Step(Protocol):
     """One batch after another; what a loop needs to know of how it is differentiated."""
 
@@ -27,6 +28,10 @@ class Step(Protocol):
 
         `part` 0 begins a step, the later ones add to its gradients.
         """
+        ...
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V): what the plain Llama with these weights answers, in the plan's precision."""
         ...
 
 
@@ -61,11 +66,14 @@ class PlainStep:
             output = output * dropout_mask(output, self.keys[site], self.plan.dropout)
         return output
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        return products(self.model, tokens, self.plan)
 
-def products(model: Llama, tokens: Tensor, plan: Plan) -> Tensor:
+
+def products(model: Llama, tokens: Tensor, plan: Plan, tap: Tap = no_tap) -> Tensor:
     """The model's logits, with matrix products in the plan's precision."""
     with torch.autocast(plan.device.partition(":")[0], torch.bfloat16, enabled=plan.precision == "bfloat16"):
-        return model(tokens)
+        return model(tokens, tap=tap)
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -99,6 +107,18 @@ def dropout_mask(like: Tensor, key: int, rate: float) -> Tensor:
 
 # ---- the norm after the embedding ----------------------------------------------------------------
 
+EMBEDDING_SPREAD = 0.8  # at the start, of an embedding with a norm behind it: its rate is meant for this size
+HEAD_SPREAD = 0.001  # of the head beside it: all tokens begin alike
+
+
+@torch.no_grad()
+def start(model: Llama, plan: Plan) -> None:
+    """Give a new model the spreads that its plan begins with, where they are not those of model.py."""
+    if plan.embedding_norm and model.lm_head is not None:
+        spread = init_std("tok_embeddings.weight", tuple(model.tok_embeddings.weight.shape))
+        model.tok_embeddings.weight.mul_(EMBEDDING_SPREAD / spread)
+        model.lm_head.weight.mul_(HEAD_SPREAD / spread)
+
 
 def fold(embedding: Tensor, eps: float) -> Tensor:
     """The rows that a norm after the embedding would give: with them, the model without that norm is the same."""
@@ -107,13 +127,12 @@ def fold(embedding: Tensor, eps: float) -> Tensor:
 
 @contextmanager
 def folded(model: Llama, plan: Plan) -> Iterator[Llama]:
-    """The model as the plain Llama that it will be saved as; in training again afterwards."""
+    """The model as the plain Llama that it is saved as; as it is trained again afterwards."""
     weight = model.tok_embeddings.weight
     trained = weight.detach().clone()
-    with torch.no_grad():
-        if plan.embedding_norm:
-            weight.copy_(fold(weight, model.config.norm_eps))
-        try:
-            yield model
-        finally:
-            weight.copy_(trained)
+    if plan.embedding_norm:
+        weight.data.copy_(fold(trained, model.config.norm_eps))
+    try:
+        yield model
+    finally:
+        weight.data.copy_(trained)

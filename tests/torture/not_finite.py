@@ -21,7 +21,6 @@ from babyllama.checkpoint.run import Run
 from babyllama.errors import NumericalError
 from babyllama.train import loop
 from babyllama.train.loop import Skipped, Stepped
-from babyllama.train.optim import optimizer_tensors
 
 STEPS = 14
 AT_MOST = 4  # steps after which a run that cannot go on has stopped
@@ -43,34 +42,29 @@ def spoil(kind: str, at: int, value: float, chance: random.Random):
     """In place of _Training.take_step: puts `value` where `kind` says, at the step of number `at` (from 0)."""
     take_step = loop._Training.take_step
 
-    def spoilt(self: loop._Training, rate: float) -> tuple[float, float]:
+    def spoilt(self: loop._Training, progress: float) -> tuple[float, float]:
         now = self.step == at if kind.endswith("once") or kind in LYING else self.step >= at
         if not now:
-            return take_step(self, rate)
+            return take_step(self, progress)
         weight = chance.choice(list(self.model.parameters()))
         if kind in LYING:
-            memory = optimizer_tensors(self.model, self.optimizer)
+            memory = self.optimizer.tensors()
             squares = [tensor for name, tensor in memory.items() if name.endswith("exp_avg_sq")]
             places = {"weight": [weight.data], "memory": [*memory.values()], "squares": squares}
             tensor = chance.choice(places[kind])
             tensor.view(-1)[chance.randrange(tensor.numel())] = math.inf if kind == "squares" else value
-            return take_step(self, rate)
-        if kind.startswith("loss"):
-            right = loop.loss_sum
-            with replaced(loop, "loss_sum", lambda logits, targets: right(logits, targets) + value):
-                return take_step(self, rate)
-        place = chance.randrange(weight.numel())
+            return take_step(self, progress)
+        place, differentiate = chance.randrange(weight.numel()), self.differentiate
 
-        def hook(gradient: torch.Tensor) -> torch.Tensor:
-            spoilt = gradient.clone()
-            spoilt.view(-1)[place] = value
-            return spoilt
+        def wrong(*given: object) -> float:
+            loss = differentiate(*given)
+            if kind.startswith("loss"):
+                return loss + value
+            weight.grad.view(-1)[place] = value
+            return loss
 
-        handle = weight.register_hook(hook)
-        try:
-            return take_step(self, rate)
-        finally:
-            handle.remove()
+        with replaced(self, "differentiate", wrong):
+            return take_step(self, progress)
 
     return spoilt
 

@@ -1,6 +1,7 @@
 """One loop: the right gradient, the same bits after any interruption, and nothing lost when something breaks."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from babyllama import api
 from babyllama.checkpoint.run import Run
 from babyllama.data.batches import IGNORE, Batches
 from babyllama.errors import BabyLlamaError, InputError, MachineError, NumericalError
 from babyllama.model import Config, Llama
-from babyllama.train import loop
+from babyllama.train import evaluate, loop
 from babyllama.train.loop import Evaluated, Outcome, Saved, Skipped, Started, Stepped
 from babyllama.train.recipe import Plan
 
@@ -162,8 +164,81 @@ def test_a_run_ends_with_its_time_and_its_schedule_with_it(prepared, tmp_path, m
     steps = [event for event in events if isinstance(event, Stepped)]
     assert 5.8 < steps[-1].seconds <= 6.1
     assert steps[-1].learning_rate < 0.05 * max(step.learning_rate for step in steps)
-    assert len([event for event in events if isinstance(event, Evaluated)]) == 8
+    evaluated = [event.step for event in events if isinstance(event, Evaluated)]
+    assert len(evaluated) > 2 and evaluated[-1] == steps[-1].step
     assert run.state(run.steps()[-1])["seconds"] == steps[-1].seconds
+
+
+def test_what_was_used_before_the_first_step_is_part_of_the_time(prepared, tmp_path, monkeypatch, corpus):
+    config = Config(vocab_size=corpus.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=16)
+    plan = Plan(model=config, context=16, batch_size=2, seconds=60.0, evaluations=0)
+    now, events = iter(np.arange(0, 1e6, 1.0)), []
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(now)))
+    run = Run.create(tmp_path / "run", {})
+    loop.train(run, plan, corpus, tell=events.append, used=40.0)
+    steps = [event for event in events if isinstance(event, Stepped)]
+    assert 41 <= steps[0].seconds < 50 and len(steps) < 20
+    assert 57 < run.state(run.steps()[-1])["seconds"] <= 60
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_the_average_of_the_weights_is_kept_where_it_predicts_better(prepared, tmp_path, monkeypatch, better):
+    scored = []
+
+    def score(self, logits, max_tokens):
+        found = real(self, logits, max_tokens)
+        scored.append(found.bits_per_byte)
+        if self.progress >= 1 and len(scored) == 3:  # after two evaluations of what was trained
+            averaged.update({n: w.clone() for n, w in self.model.named_parameters()})
+            found = replace(found, bits_per_byte=scored[1] + (-0.01 if better else 0.01))
+        return found
+
+    averaged, real, events = {}, loop._Training._score, []
+    monkeypatch.setattr(loop._Training, "_score", score)
+    run = train(prepared, tmp_path / "run", average=0.1, tell=events.append)
+    kept = load_file(run.folder(STEPS) / "model.safetensors")
+    moments = load_file(run.folder(STEPS) / "optim.safetensors")
+    assert torch.equal(averaged["norm.weight"], moments["norm.weight.average"])
+    assert torch.equal(kept["model.norm.weight"], averaged["norm.weight"]) == better
+    last = [event for event in events if isinstance(event, Evaluated)][-1]
+    assert last.score.bits_per_byte == pytest.approx(scored[1] - 0.01 if better else scored[1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dropout": 0.2, "average": 0.05},
+        {"embedding_norm": True, "average": 0.05, "dropout": 0.1},
+        {
+            "optimizer": "muon", "embedding_rate": 0.02, "head_rate": 0.004, "gain_rate": 0.004,
+            "normuon": True, "cautious": True, "embedding_norm": True, "threads": 2,
+        },
+        {"precision": "bfloat16", "accumulation": 2},
+    ],
+)  # fmt: skip
+def test_every_kind_of_memory_survives_an_interruption(prepared, tmp_path, settings):
+    whole = train(prepared, tmp_path / "whole", **settings)
+    with pytest.raises(PulledPlugError):
+        train(prepared, tmp_path / "run", tell=stop_at(10), **settings)
+    assert Run(tmp_path / "run").steps()[-1] == 8
+    api.resume(tmp_path / "run")
+    assert final(Run(tmp_path / "run")) == final(whole)
+
+
+def test_a_norm_after_the_embedding_is_folded_into_what_is_saved(prepared, tmp_path, corpus):
+    run = train(prepared, tmp_path / "run", embedding_norm=True)
+    folder = run.folder(STEPS)
+    saved, trained = load_file(folder / "model.safetensors"), load_file(folder / "optim.safetensors")
+    rows, raw = saved["model.embed_tokens.weight"], trained[loop.TRAINED]
+    assert torch.allclose(rows.square().mean(-1), torch.ones(len(rows)), atol=1e-3)
+    assert torch.allclose(rows, raw / raw.square().mean(-1, keepdim=True).sqrt(), atol=1e-3)
+    assert 0.3 < float(raw.square().mean().sqrt()) < 0.99
+    finished = run.metrics()[-1]["bits_per_byte"]
+    llama, ids = api.load(folder), np.asarray(corpus.val_ids)
+    tokenizer = corpus.tokenizer
+    after_bos = tokenizer.bos_id, tokenizer.byte_lengths(tokenizer.bos_id)
+    again = evaluate.score(llama.model, ids, tokenizer.byte_lengths(), 32, after_bos=after_bos)
+    assert again.bits_per_byte == pytest.approx(finished, abs=1e-5)
 
 
 # ---- the gradient --------------------------------------------------------------------------------
@@ -183,7 +258,7 @@ def gradients(corpus, tmp_path, batch_size, accumulation, rows):
     config = Config(vocab_size=corpus.vocab_size, dim=32, n_layers=2, n_heads=2, max_seq_len=16)
     plan = Plan(model=config, context=16, batch_size=batch_size, accumulation=accumulation, steps=1, clip=0.0)
     training = loop._Training(
-        Run.create(tmp_path / f"{batch_size}", {}), plan, corpus, lambda event: None, None
+        Run.create(tmp_path / f"{batch_size}", {}), plan, corpus, lambda event: None, None, 0.0
     )
     training.batches = OneBatch(*rows)
     training.restore(None)
@@ -191,7 +266,7 @@ def gradients(corpus, tmp_path, batch_size, accumulation, rows):
     for weight in training.model.parameters():
         weight.data.normal_(0, 0.3, generator=generator)
     kept = {}
-    training.optimizer.step = lambda: kept.update(
+    training.optimizer.step = lambda progress: kept.update(
         {n: w.grad.clone() for n, w in training.model.named_parameters()}
     )
     loss, norm = training.take_step(0.0)
@@ -216,9 +291,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch_with_ragged_targets(
 def test_a_learning_rate_of_zero_changes_nothing(corpus, tmp_path):
     config = Config(vocab_size=corpus.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=16)
     plan = Plan(model=config, context=16, batch_size=2, steps=1, seed=5)
-    training = loop._Training(Run.create(tmp_path / "run", {}), plan, corpus, lambda event: None, None)
+    training = loop._Training(Run.create(tmp_path / "run", {}), plan, corpus, lambda event: None, None, 0.0)
     training.restore(None)
-    training.take_step(0.0)
+    training.take_step(1.0)  # the schedule's end
     fresh = Llama(config, seed=5).state_dict()
     assert all(torch.equal(weight, fresh[name]) for name, weight in training.model.state_dict().items())
 
@@ -229,9 +304,9 @@ def test_a_learning_rate_of_zero_changes_nothing(corpus, tmp_path):
 def before_steps(monkeypatch, do):
     """Call do(training) before each step."""
 
-    def take_step(self, rate):
+    def take_step(self, progress):
         do(self)
-        return real(self, rate)
+        return real(self, progress)
 
     real = loop._Training.take_step
     monkeypatch.setattr(loop._Training, "take_step", take_step)
@@ -240,19 +315,22 @@ def before_steps(monkeypatch, do):
 def spoil_gradients(monkeypatch, steps, value=float("nan"), names=("layers.0.attention.wo.weight",)):
     """Some values in the gradients of these weights, at these steps (counted from 1)."""
 
-    def take_step(self, rate):
+    def take_step(self, progress):
         if self.step + 1 not in steps:
-            return real(self, rate)
-        weights = dict(self.model.named_parameters())
-        handles = [
-            weights[name].register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(3), value))
-            for name in names
-        ]
+            return real(self, progress)
+        right, weights = self.differentiate, dict(self.model.named_parameters())
+
+        def differentiate(*given):
+            loss = right(*given)
+            for name in names:
+                weights[name].grad.view(-1)[3] = value
+            return loss
+
+        self.differentiate = differentiate
         try:
-            return real(self, rate)
+            return real(self, progress)
         finally:
-            for handle in handles:
-                handle.remove()
+            self.differentiate = right
 
     real = loop._Training.take_step
     monkeypatch.setattr(loop._Training, "take_step", take_step)
@@ -300,6 +378,7 @@ def test_of_gradients_the_one_nearest_the_output_is_named(prepared, tmp_path, mo
 def test_a_loss_that_is_not_finite_is_named_when_all_before_it_is(prepared, tmp_path, monkeypatch):
     real = loop.loss_sum
     monkeypatch.setattr(loop, "loss_sum", lambda logits, targets: real(logits, targets) / 0)
+    before_steps(monkeypatch, lambda training: setattr(training, "differentiate", lambda *given: math.inf))
     with pytest.raises(NumericalError) as caught:
         train(prepared, tmp_path / "run")
     assert caught.value.where == "step 3" and "beginning at the loss" in caught.value.found
@@ -311,7 +390,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_told_and_kept(prepared, tm
     def look(training):
         tensors = {
             **training.model.state_dict(),
-            **loop.optimizer_tensors(training.model, training.optimizer),
+            **training.optimizer.tensors(),
         }
         state[training.step] = {name: tensor.clone() for name, tensor in tensors.items()}
 
@@ -402,7 +481,7 @@ def test_what_is_not_finite_is_never_saved_though_no_loss_shows_it(
 
     def spoil(training):
         if training.step == 9:
-            memory = loop.optimizer_tensors(training.model, training.optimizer)
+            memory = training.optimizer.tensors()
             squares = next(tensor for name, tensor in memory.items() if name.endswith("exp_avg_sq"))
             tensor = training.model.tok_embeddings.weight.data[unseen] if kind == "weight" else squares
             tensor.fill_(float("inf"))
