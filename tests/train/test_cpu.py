@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numba import njit
 
 from babyllama.data.batches import IGNORE
 from babyllama.model import Config, Llama
 from babyllama.train import cpu, kernels
 from babyllama.train.cpu import CPUStep
 from babyllama.train.recipe import Plan
-from babyllama.train.step import PlainStep, dropout_keys, dropout_mask, folded
+from babyllama.train.step import PlainStep, dropout_keys, dropout_mask, folded, start
 
 V = 101
 SHAPES = {
@@ -144,12 +145,13 @@ def test_the_same_step_gives_the_same_bits(precision):
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
-def test_a_step_leaves_nothing_behind_for_the_next():
+@pytest.mark.parametrize("kind", [CPUStep, PlainStep])
+def test_a_step_leaves_nothing_behind_for_the_next(kind):
     config = SHAPES["shared keys"]
     made, given = model(config), plan(config, dropout=0.2, embedding_norm=True)
-    fresh = gradients(CPUStep, made, given)
+    fresh = gradients(kind, made, given)
     used = copy.deepcopy(made)
-    step = CPUStep(used, given)
+    step = kind(used, given)
     step(*batch(3, 16, seed=9), step=3)
     loss = step(*batch(3, 16), step=4)
     assert loss == fresh[0]
@@ -195,11 +197,31 @@ def test_what_is_not_finite_does_not_pass_unnoticed(name, bad, precision):
     assert not math.isfinite(loss) or not all(map(math.isfinite, norms))
 
 
+@pytest.mark.parametrize("kind", [CPUStep, PlainStep])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+def test_the_answers_are_those_of_the_plain_model_whatever_the_step_before_did(kind, rows):
+    config = SHAPES["shared keys"]
+    made = model(config)
+    step = kind(made, plan(config, dropout=0.5, embedding_norm=True))
+    step(*batch(3, 16), step=0)
+    torch.optim.SGD(made.parameters(), lr=0.5).step()
+    tokens = batch(rows, 16, seed=8)[0]
+    with torch.no_grad():
+        assert torch.allclose(step.logits(tokens), made(tokens), rtol=1e-4, atol=1e-4)
+
+
 def test_the_number_of_threads_is_as_before_a_step():
-    before = torch.get_num_threads()
-    config = SHAPES["tied"]
-    CPUStep(model(config), plan(config))(*batch(3, 16), step=0)
-    assert torch.get_num_threads() == before
+    config, before = SHAPES["tied"], torch.get_num_threads()
+    step = CPUStep(model(config), plan(config))
+    torch.set_num_threads(3)
+    try:
+        step(*batch(3, 16), step=0)
+        step.logits(batch(3, 16)[0])
+        with pytest.raises(IndexError):
+            step.logits(torch.full((3, 16), V))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_state_can_be_loaded_into_a_model_that_was_moved():
@@ -212,7 +234,19 @@ def test_a_state_can_be_loaded_into_a_model_that_was_moved():
     )
 
 
-# ---- the fold ------------------------------------------------------------------------------------
+# ---- the start and the fold ------------------------------------------------------------------------------------
+
+
+def test_a_model_with_a_norm_after_the_embedding_begins_wide_with_a_head_that_knows_nothing():
+    config = SHAPES["shared keys"]
+    made, plain = Llama(config, seed=1), Llama(config, seed=1)
+    start(made, plan(config))
+    assert all(torch.equal(weight, made.state_dict()[name]) for name, weight in plain.state_dict().items())
+    start(made, plan(config, embedding_norm=True))
+    for name, weight in made.state_dict().items():
+        spread = {"tok_embeddings.weight": 0.8, "lm_head.weight": 0.001}.get(name)
+        before = plain.state_dict()[name]
+        assert torch.allclose(weight, before if spread is None else before / before.std() * spread, rtol=0.1)
 
 
 def test_folded_is_the_model_with_a_norm_after_the_embedding_and_is_undone():
@@ -236,19 +270,24 @@ def test_folded_is_the_model_with_a_norm_after_the_embedding_and_is_undone():
 # ---- kernels -------------------------------------------------------------------------------------
 
 
-@kernels.kernel
+compiled = njit(
+    fastmath=kernels.FAST, error_model="numpy"
+)  # not kept on disk: numba would not see a change in kernels
+
+
+@compiled
 def _exp2(x, out):
     for i in range(x.shape[0]):
         out[i] = kernels.exp2(x[i])
 
 
-@kernels.kernel
+@compiled
 def _store(x, out):
     for i in range(x.shape[0]):
         out[i] = kernels.narrow(x[i], out[i])
 
 
-@kernels.kernel
+@compiled
 def _load(x, out):
     for i in range(x.shape[0]):
         out[i] = kernels.widen(x[i])
@@ -262,6 +301,21 @@ def test_powers_of_two():
     below = np.array([-127, -1e4, -np.inf], dtype=np.float32)
     _exp2(below, out[:3])
     assert (out[:3] == np.float32(2.0**-126)).all()
+
+
+def test_a_gate_may_be_any_number():
+    gate = torch.tensor([0.0, 1.0, -1.0, 20.0, -20.0, 88.0, -88.0, 130.0, -130.0, 1e4, -1e4, 1e30, -1e30])[
+        None
+    ]
+    up, given = torch.full_like(gate, 2.0), torch.full_like(gate, 3.0)
+    both, product = torch.cat([gate, up], dim=1), torch.empty_like(gate)
+    kernels.swiglu(both.numpy(), product.numpy())
+    assert torch.allclose(product, 2 * F.silu(gate), rtol=1e-5, atol=1e-5)
+    kernels.swiglu_backward(both.numpy(), given.numpy())
+    gate.requires_grad_()
+    F.silu(gate).sum().backward()
+    assert torch.allclose(both[:, : gate.shape[1]], 6 * gate.grad, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(both[:, gate.shape[1] :], 3 * F.silu(gate.detach()), rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_is_rounded_and_read_as_torch_does():

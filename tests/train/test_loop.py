@@ -1,5 +1,6 @@
 """One loop: the right gradient, the same bits after any interruption, and nothing lost when something breaks."""
 
+import copy
 import json
 import math
 import os
@@ -181,6 +182,34 @@ def test_what_was_used_before_the_first_step_is_part_of_the_time(prepared, tmp_p
     assert 57 < run.state(run.steps()[-1])["seconds"] <= 60
 
 
+def test_the_last_score_is_part_of_the_time(tmp_path, monkeypatch, corpus):
+    config = Config(vocab_size=corpus.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=16)
+    plan = Plan(model=config, context=16, batch_size=2, seconds=1000.0, evaluations=0, save_seconds=1e9)
+    now, scored, events = [0.0], [], []
+    take_step, score = loop._Training.take_step, loop._Training._score
+
+    def step_for_five_seconds(self, progress):
+        now[0] += 5.0
+        return take_step(self, progress)
+
+    def score_ten_tokens_a_second(self, logits, max_tokens):
+        found = score(self, logits, max_tokens)
+        now[0] += found.tokens / 10
+        scored.append((found.tokens, now[0]))
+        return found
+
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loop._Training, "take_step", step_for_five_seconds)
+    monkeypatch.setattr(loop._Training, "_score", score_ten_tokens_a_second)
+    loop.train(Run.create(tmp_path / "run", {}), plan, corpus, tell=events.append)
+    steps = [event for event in events if isinstance(event, Stepped)]
+    print(steps[-1].seconds, scored, len(corpus.val_ids))
+    assert 900 < steps[-1].seconds < 1000 < 5 + now[0] and now[0] < 1010
+    assert 100 < scored[-1][0] < 300 < len(corpus.val_ids), (
+        "two hundredths of the time, at ten tokens a second"
+    )
+
+
 @pytest.mark.parametrize("better", [True, False])
 def test_the_average_of_the_weights_is_kept_where_it_predicts_better(prepared, tmp_path, monkeypatch, better):
     scored = []
@@ -199,6 +228,7 @@ def test_the_average_of_the_weights_is_kept_where_it_predicts_better(prepared, t
     kept = load_file(run.folder(STEPS) / "model.safetensors")
     moments = load_file(run.folder(STEPS) / "optim.safetensors")
     assert torch.equal(averaged["norm.weight"], moments["norm.weight.average"])
+    assert moments["average.progress"] == 1 and not averaged["norm.weight"].eq(1).all()
     assert torch.equal(kept["model.norm.weight"], averaged["norm.weight"]) == better
     last = [event for event in events if isinstance(event, Evaluated)][-1]
     assert last.score.bits_per_byte == pytest.approx(scored[1] - 0.01 if better else scored[1])
@@ -239,6 +269,15 @@ def test_a_norm_after_the_embedding_is_folded_into_what_is_saved(prepared, tmp_p
     after_bos = tokenizer.bos_id, tokenizer.byte_lengths(tokenizer.bos_id)
     again = evaluate.score(llama.model, ids, tokenizer.byte_lengths(), 32, after_bos=after_bos)
     assert again.bits_per_byte == pytest.approx(finished, abs=1e-5)
+    shown = []
+    plan = replace(api.plan_from_json(run.settings["plan"]), steps=3, evaluations=1)
+    loop.train(
+        Run.create(tmp_path / "shown", {}),
+        plan,
+        corpus,
+        sample=lambda model: shown.append(copy.deepcopy(model)) or "",
+    )
+    assert torch.allclose(shown[0].tok_embeddings.weight.square().mean(-1), torch.ones(len(rows)), atol=1e-3)
 
 
 # ---- the gradient --------------------------------------------------------------------------------
