@@ -25,7 +25,8 @@ from babyllama.errors import UsageError
 if TYPE_CHECKING:
     from babyllama.model import Config
 
-FLOAT32 = 4  # bytes
+FLOAT32, INT64 = 4, 8  # bytes
+QUERIES = 256  # positions whose scores the step on a CPU computes at once, as train/cpu.py has it; a test compares them
 
 
 class _Sum:
@@ -68,12 +69,12 @@ class Flops(_Sum):
 
 @dataclass(frozen=True)
 class TrainingBytes(_Sum):
-    """Bytes held while training, all exact but `activations`: see training_bytes."""
+    """Bytes held while training: see training_bytes for what is exact."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
+    weights: int  # in float32, once
+    gradients: int  # and, on a CPU, the part that each worker computes of them
+    optimizer: int  # its memory between steps, and the average of the weights
+    activations: int  # everything else that a step computes with
 
 
 @dataclass(frozen=True)
@@ -157,31 +158,92 @@ def training_flops(config: Config, context: int) -> Flops:
     return Flops(**{name: 3 * number for name, number in forward_flops(config, context).as_dict().items()})
 
 
-def training_bytes(config: Config, batch_size: int, context: int) -> TrainingBytes:
-    """Bytes that one step of training holds at once, in float32.
+def training_bytes(
+    config: Config,
+    batch_size: int,
+    context: int,
+    *,
+    device: str = "cpu",
+    workers: int = 1,
+    bytes_per_number: int = FLOAT32,
+    optimizer: str = "adamw",
+    average: bool = False,
+    embedding_norm: bool = False,
+) -> TrainingBytes:
+    """Bytes that training holds between steps and within one.
 
-    Weights, gradients and AdamW's two moments are four float32 numbers a parameter: exact.
+    workers           threads that take rows of the batch, where the device is the CPU
+    bytes_per_number  of what is multiplied: 4 in float32, 2 in bfloat16
+    optimizer         "adamw" remembers two numbers for each parameter, "muon" one for each of a matrix
+    average           whether an average of the weights is kept
+    embedding_norm    whether the token vectors are normalised
 
-    Activations are an estimate of the fullest moment, the start of backward, with fused attention, which
-    keeps no T x T scores. For each token and block: 6 vectors of width dim (around the two norms), the
-    rotated queries, the heads' output twice, the rotated keys, the values, and 4 vectors of width
-    hidden_dim (gate, silu(gate), up, their product). For each token besides: 3 vectors of width dim (the
-    last norm), the logits, their log-softmax and the gradient of the logits. A test compares it with what
-    autograd keeps. Products in bfloat16 mostly keep less.
+    On a CPU these are all tensors that train/cpu.py makes and holds to the end of the run: exact. Elsewhere
+    `activations` is an estimate, in float32, of what PyTorch keeps for its own differentiation; products in bfloat16
+    mostly keep less. Not counted: what lives for a moment, and what a scoring of validation text takes in between.
     """
     _check("batch_size", batch_size)
     _check("context", context)
-    n = parameters(config).total
+    _check("workers", workers)
+    n = parameters(config)
+    if device == "cpu":
+        workers = min(workers, batch_size)
+        multiplied = n.matrices + config.vocab_size * config.dim
+        gradients = FLOAT32 * n.total + bytes_per_number * workers * multiplied
+        activations = bytes_per_number * multiplied  # the matrices as they are multiplied with
+        activations += FLOAT32 * config.vocab_size * (config.dim + 1) if embedding_norm else 0
+        activations += _buffers(config, batch_size, context, workers, bytes_per_number)
+    else:
+        gradients, activations = FLOAT32 * n.total, _kept_by_autograd(config, batch_size, context)
+    return TrainingBytes(
+        weights=FLOAT32 * n.total,
+        gradients=gradients,
+        optimizer=FLOAT32 * (_remembered(config, optimizer) + average * n.total),
+        activations=activations,
+    )
+
+
+def _remembered(config: Config, optimizer: str) -> int:
+    """Numbers that an optimiser keeps from step to step."""
+    n, c = parameters(config), config
+    if optimizer == "adamw":
+        return 2 * n.total
+    rows = 2 * c.dim + 2 * c.hidden_dim + (c.n_heads + 2 * c.n_kv_heads) * c.head_dim  # of a block's matrices
+    return n.matrices + c.n_layers * rows + 2 * (n.total - n.matrices)
+
+
+def _buffers(config: Config, batch_size: int, context: int, workers: int, bytes_per_number: int) -> int:
+    """Bytes of what the workers of the step on a CPU write into, from the tokens to the gradient of the logits.
+
+    In float32: the residual stream before each norm with its root mean square, and its gradient. In the precision of
+    the products, of every layer until its gradient is due: what each norm gives, q, k, v, the attention weights, the
+    heads, gate, up and their product; and once, used again by each layer: their gradients, the branch, the logits.
+    """
+    c, L, D, F = config, config.n_layers, config.dim, config.hidden_dim
+    states, heads, keys = 2 * L + 1, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    exact = states * (D + 1) + D
+    kept = states * D + L * (2 * heads + 2 * keys + 3 * F)
+    used_again = 3 * D + F + 4 * heads + 4 * keys + c.vocab_size
+    per_token = 2 * INT64 + FLOAT32 * exact + bytes_per_number * (kept + used_again)
+    blocks = [(begin, min(begin + QUERIES, context)) for begin in range(0, context, QUERIES)]
+    weights = (L + 1) * c.n_heads * sum((end - begin) * end for begin, end in blocks)  # of one row
+    per_worker = FLOAT32 * (states * D + max(context, c.vocab_size) + context * c.head_dim)
+    return batch_size * (context * per_token + bytes_per_number * weights) + workers * per_worker
+
+
+def _kept_by_autograd(config: Config, batch_size: int, context: int) -> int:
+    """Bytes at the fullest moment of PyTorch's differentiation, the start of backward, with fused attention, which
+    keeps no T x T scores.
+
+    For each token and block: 6 vectors of width dim (around the two norms), the rotated queries, the heads' output
+    twice, the rotated keys, the values, and 4 vectors of width hidden_dim (gate, silu(gate), up, their product). For
+    each token besides: 3 vectors of width dim (the last norm), the logits, their log-softmax and the gradient of the
+    logits.
+    """
     c = config
     heads = 3 * c.n_heads * c.head_dim + 2 * c.n_kv_heads * c.head_dim
     per_block = 6 * c.dim + heads + 4 * c.hidden_dim
-    per_token = c.n_layers * per_block + 3 * c.dim + 3 * c.vocab_size
-    return TrainingBytes(
-        weights=FLOAT32 * n,
-        gradients=FLOAT32 * n,
-        optimizer=2 * FLOAT32 * n,
-        activations=FLOAT32 * batch_size * context * per_token,
-    )
+    return FLOAT32 * batch_size * context * (c.n_layers * per_block + 3 * c.dim + 3 * c.vocab_size)
 
 
 def cache_bytes(config: Config, batch_size: int, context: int, bytes_per_number: int = FLOAT32) -> int:

@@ -135,12 +135,85 @@ def test_the_activation_estimate_is_within_a_tenth_of_what_autograd_keeps(config
         F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
     logits_and_their_gradient = 2 * 4 * B * T * config.vocab_size
     measured = sum(size for size, _ in kept.values()) + logits_and_their_gradient
-    assert costs.training_bytes(config, B, T).activations == pytest.approx(measured, rel=0.1)
+    assert costs.training_bytes(config, B, T, device="cuda").activations == pytest.approx(measured, rel=0.1)
 
 
 def test_weights_gradients_and_moments_are_four_numbers_a_parameter():
-    held, n = costs.training_bytes(SMALL, 1, 1), costs.parameters(SMALL).total
+    held, n = costs.training_bytes(SMALL, 1, 1, device="cuda"), costs.parameters(SMALL).total
     assert held.weights + held.gradients + held.optimizer == 16 * n
+    kept = costs.training_bytes(SMALL, 1, 1, device="cuda", average=True)
+    assert kept.total == held.total + 4 * n
+
+
+def tensors_of(*holders) -> dict[int, int]:
+    """Address -> bytes of every memory that these objects, and what they hold, have tensors in."""
+    found, seen, waiting = {}, set(), [*holders]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+            if isinstance(one, torch.nn.Parameter):
+                waiting.append(one.grad)
+        elif isinstance(one, dict):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple):
+            waiting += one
+        elif isinstance(one, torch.nn.Module):
+            waiting += one.parameters()
+        elif type(one).__module__.startswith(("babyllama", "torch.optim")) and hasattr(one, "__dict__"):
+            waiting += vars(one).values()
+    return found
+
+
+MUON = {"optimizer": "muon", "embedding_rate": 0.01, "head_rate": 0.01, "gain_rate": 0.01}
+HELD = [  # shape, rows, context, settings
+    (0, 1, 8, {"threads": 1}),
+    (0, 5, 16, {"threads": 2, "embedding_norm": True, **MUON}),
+    (1, 3, 300, {"threads": 8, "precision": "bfloat16"}),
+    (2, 2, 513, {"threads": 2, "average": 0.1, **MUON, "normuon": True}),
+    (2, 4, 64, {"threads": 3, "precision": "bfloat16", "embedding_norm": True, "average": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("shape", "rows", "context", "settings"), HELD)
+def test_the_bytes_of_a_step_on_a_cpu_are_those_of_its_tensors(shape, rows, context, settings):
+    from babyllama.train.cpu import CPUStep
+    from babyllama.train.optim import Average, Optimizer
+    from babyllama.train.recipe import Plan
+
+    config = SHAPES[shape]
+    plan = Plan(model=config, context=context, batch_size=rows, steps=1, **settings)
+    model = Llama(config, seed=0)
+    step, optimizer = CPUStep(model, plan), Optimizer(model, plan)
+    tokens = torch.zeros(rows, context, dtype=torch.long)
+    step(tokens, tokens, tokens.numel(), step=0)
+    optimizer.step(0.0)
+    average = Average(model, plan) if plan.average else None
+    counted = costs.training_bytes(
+        config,
+        rows,
+        context,
+        workers=plan.threads,
+        bytes_per_number=2 if plan.precision == "bfloat16" else 4,
+        optimizer=plan.optimizer,
+        average=plan.average > 0,
+        embedding_norm=plan.embedding_norm,
+    )
+    remembered = sum(tensors_of(optimizer, average).values()) - sum(tensors_of(model).values())
+    held = sum(tensors_of(model, step, optimizer, average).values())
+    counters = 4 * len(optimizer.weights)  # of AdamW's steps
+    assert counted.optimizer == remembered - counters
+    assert counted.total == held - counters
+    assert counted.weights == 4 * costs.parameters(config).total
+
+
+def test_queries_are_taken_in_the_blocks_that_are_counted():
+    from babyllama.train import cpu
+
+    assert costs.QUERIES == cpu.QUERIES
 
 
 def test_the_cache_of_llama_2_7b_is_two_gibibytes_at_4096_tokens_in_float16():
