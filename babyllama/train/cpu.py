@@ -11,9 +11,6 @@ multiplied, is copied to the products' precision once a step.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -26,6 +23,7 @@ from babyllama.model import Config, Llama, rope_tables
 from babyllama.train import kernels
 from babyllama.train.recipe import Plan
 from babyllama.train.step import dropout_keys
+from babyllama.train.workers import Workers
 
 QUERIES = 256  # positions whose scores are computed at once: nothing is computed above the last of them
 
@@ -49,7 +47,7 @@ class CPUStep:
             _Worker(self.config, plan.context, rows, self.weights, part, self.dtype)
             for rows, part in zip(self.rows, self.parts, strict=True)
         ]
-        self.pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+        self.threads, self.tasks = Workers(count), range(count)
         edges = [self.multiplied * i // count for i in range(count + 1)]
         self.slices = [slice(*pair) for pair in pairwise(edges)]
 
@@ -88,12 +86,11 @@ class CPUStep:
         `part` 0 begins a step, the later ones add to its gradients.
         """
         keys = dropout_keys(self.plan, step, part)
-        with self._one_thread_each():
-            if part == 0:
-                self._each(lambda i: self._refresh(i, self.plan.embedding_norm))
-            nats = self._each(lambda i: self._work(i, tokens, targets, counted, keys))
-            self._each(lambda i: self._gather(i, part > 0))
-            self._gather_rest(part > 0)
+        if part == 0:
+            self.threads.each(lambda i: self._refresh(i, self.plan.embedding_norm), self.tasks)
+        nats = self.threads.each(lambda i: self._work(i, tokens, targets, counted, keys), self.tasks)
+        self.threads.each(lambda i: self._gather(i, part > 0), self.tasks)
+        self._gather_rest(part > 0)
         for weight, gradient in self.views:
             weight.grad = gradient
         return sum(nats) / counted
@@ -102,27 +99,12 @@ class CPUStep:
         """(B, T) -> (B, T, V), with nothing dropped. T is the context of the plan."""
         batch = torch.zeros(self.rows[-1].stop, tokens.shape[1], dtype=tokens.dtype)
         found = []
-        with self._one_thread_each():
-            self._each(lambda i: self._refresh(i, norm=False))
-            for some in tokens.split(len(batch)):
-                batch[: len(some)] = some
-                found.append(torch.cat(self._each(lambda i: self._answer(i, batch)))[: len(some)])
+        self.threads.each(lambda i: self._refresh(i, norm=False), self.tasks)
+        for some in tokens.split(len(batch)):
+            batch[: len(some)] = some
+            answers = self.threads.each(lambda i: self._answer(i, batch), self.tasks)
+            found.append(torch.cat(answers)[: len(some)])
         return torch.cat(found)
-
-    @contextmanager
-    def _one_thread_each(self) -> Iterator[None]:
-        """PyTorch's products stay in the thread of the worker that asks for them."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
-    def _each(self, do: Callable[[int], Any]) -> list[Any]:
-        """do(i) for every worker, side by side."""
-        tasks = range(len(self.workers))
-        return [do(0)] if len(tasks) == 1 else list(self.pool.map(do, tasks))
 
     def _answer(self, i: int, tokens: Tensor) -> Tensor:
         worker = self.workers[i]

@@ -14,6 +14,7 @@ Sources: [AdamW] arXiv:1711.05101  [Muon] https://kellerjordan.github.io/posts/m
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from babyllama.model import Llama
 from babyllama.train.recipe import Plan
+from babyllama.train.workers import Workers
 
 # ---- roles ---------------------------------------------------------------------------------------
 
@@ -132,25 +134,29 @@ class Muon:
         shapes: dict[torch.Size, dict[str, Tensor]] = {}
         for name, weight in matrices.items():
             shapes.setdefault(weight.shape, {})[name] = weight
-        self.batches = list(shapes.values())
+        # On a CPU each thread takes some matrices of every shape; another device takes all of a shape at once.
+        self.workers = Workers(plan.threads if plan.device == "cpu" else 1)
+        self.batches = [some for named in shapes.values() for some in _split(named, self.workers.count)]
         self.momenta = [torch.stack([*map(torch.zeros_like, batch.values())]) for batch in self.batches]
         self.seconds = [torch.zeros_like(momentum[..., :1]) for momentum in self.momenta]  # of NorMuon
 
-    @torch.no_grad()
     def step(self, rate: float, decay: float) -> None:
-        beta = self.plan.momentum
-        for batch, momentum, second in zip(self.batches, self.momenta, self.seconds, strict=True):
-            gradients = torch.stack([gradient(weight) for weight in batch.values()])  # (N, out, in)
-            momentum.lerp_(gradients, 1 - beta)
-            updates = orthogonalize(gradients.lerp_(momentum, beta), self.dtype)
-            if self.plan.normuon:
-                updates = even_rows(updates, second)
-            scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
-            for weight, update in zip(batch.values(), updates, strict=True):
-                if decay:
-                    decaying = agreeing(weight, update) if self.plan.cautious else weight
-                    weight.sub_(decaying, alpha=rate * decay)
-                weight.sub_(update, alpha=rate * scale)
+        self.workers.each(lambda i: self._update(i, rate, decay), range(len(self.batches)))
+
+    @torch.no_grad()
+    def _update(self, i: int, rate: float, decay: float) -> None:
+        batch, momentum, second, beta = self.batches[i], self.momenta[i], self.seconds[i], self.plan.momentum
+        gradients = torch.stack([gradient(weight) for weight in batch.values()])  # (N, out, in)
+        momentum.lerp_(gradients, 1 - beta)
+        updates = orthogonalize(gradients.lerp_(momentum, beta), self.dtype)
+        if self.plan.normuon:
+            updates = even_rows(updates, second)
+        scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
+        for weight, update in zip(batch.values(), updates, strict=True):
+            if decay:
+                decaying = agreeing(weight, update) if self.plan.cautious else weight
+                weight.sub_(decaying, alpha=rate * decay)
+            weight.sub_(update, alpha=rate * scale)
 
     def memory(self) -> Iterator[tuple[str, Tensor]]:
         """The name and the tensor of everything remembered between steps."""
@@ -159,6 +165,12 @@ class Muon:
                 yield f"{name}.momentum", momentum[i]
                 if self.plan.normuon:
                     yield f"{name}.second_moment", second[i]
+
+
+def _split(named: Weights, parts: int) -> list[Weights]:
+    names = list(named)
+    ends = [len(names) * i // parts for i in range(parts + 1)]
+    return [{name: named[name] for name in names[a:b]} for a, b in pairwise(ends) if b > a]
 
 
 def gradient(weight: Tensor) -> Tensor:
