@@ -1,7 +1,7 @@
 """Puts known mistakes back, one at a time, and shows that a test notices each.
 
-    python tests/mutants.py               every mutant, as a Markdown table
-    python tests/mutants.py --only RoPE   those whose name contains "RoPE"
+    python tests/mutants.py                            every mutant, as a Markdown table
+    python tests/mutants.py --only RoPE --only step:   those whose name contains "RoPE" or "step:"
 
 A mutant is one line of MUTANTS: its name, the file, the text that is replaced (which must stand there exactly
 once), what it is replaced with, and the tests of which at least one must fail. Each runs in a copy of the
@@ -51,6 +51,7 @@ FOLDED = CPU + "test_folded_is_the_model_with_a_norm_after_the_embedding_and_is_
 SAVED_FOLDED = LOOP + "test_a_norm_after_the_embedding_is_folded_into_what_is_saved"
 REMEMBERED = LOOP + "test_every_kind_of_memory_survives_an_interruption"
 AVERAGED = LOOP + "test_the_average_of_the_weights_is_kept_where_it_predicts_better"
+HELD = "test_costs.py::test_the_bytes_of_a_step_on_a_cpu_are_those_of_its_tensors"
 RESERVED = LOOP + "test_the_last_score_is_part_of_the_time"
 HF = "checkpoint/test_hf.py::test_a_saved_model_opens_in_transformers_with_the_same_ids_and_logits"
 
@@ -622,6 +623,15 @@ MUTANTS = [
            "        model.lm_head.weight.mul_(HEAD_SPREAD / spread)\n", "",
            CPU + "test_a_model_with_a_norm_after_the_embedding_begins_wide_with_a_head_that_knows_nothing"),
 
+    Mutant("costs: the gradients of one worker only", "costs.py",
+           "bytes_per_number * workers * multiplied", "bytes_per_number * multiplied", HELD),
+    Mutant("costs: attention weights of one layer only", "costs.py",
+           "weights = (L + 1) * c.n_heads", "weights = 2 * c.n_heads", HELD),
+    Mutant("costs: everything in float32", "costs.py",
+           "+ bytes_per_number * (kept + used_again)", "+ FLOAT32 * (kept + used_again)", HELD),
+    Mutant("costs: the average weighs nothing", "costs.py",
+           "_remembered(config, optimizer) + average * n.total", "_remembered(config, optimizer)", HELD),
+
     # ---- the loop around it ----------------------------------------------------------------------
     Mutant("train: what is saved is not folded", "train/loop.py",
            "        with folded(self.model, self.plan) as plain:\n"
@@ -1065,9 +1075,11 @@ def caught_by(mutant: Mutant, copy: Path) -> str | None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Put known mistakes back and see that a test notices each.")
-    parser.add_argument("--only", default="", metavar="NAME", help="mutants whose name contains this")
-    only = parser.parse_args(arguments).only.lower()
-    chosen = [mutant for mutant in MUTANTS if only in mutant.name.lower()]
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="mutants whose name contains this, or another NAME"
+    )
+    names = parser.parse_args(arguments).only or [""]
+    chosen = [m for m in MUTANTS if any(name.lower() in m.name.lower() for name in names)]
     survivors = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = copy_of_the_repository(Path(folder))
