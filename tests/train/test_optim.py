@@ -344,6 +344,19 @@ def test_the_newest_gradient_counts_by_nesterov():
     assert torch.allclose(before - weight, 0.1 * orthogonalize(looked_ahead[None])[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 99])
+def test_how_many_threads_share_the_matrices_changes_roundings_only(threads):
+    found = []
+    for settings in ({**MUON, "normuon": True}, {**MUON, "normuon": True, "threads": threads}):
+        model, optimizer = ready(plan(**settings))
+        for seed in range(3):
+            take_step(model, optimizer, seed)
+        found.append(model.state_dict() | optimizer.tensors())
+    one, several = found
+    assert one.keys() == several.keys()
+    assert all(torch.allclose(one[name], several[name], rtol=1e-4, atol=1e-5) for name in one)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_muon_multiplies_in_the_precision_of_the_plan(precision):
     weight, gradient = torch.zeros(12, 8), random(12, 8)
