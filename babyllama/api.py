@@ -30,9 +30,18 @@ from babyllama.generate.sample import Sampling
 from babyllama.model import Config, Llama
 from babyllama.text.stream import TextStream
 from babyllama.text.tokenizer import Tokenizer
-from babyllama.train import loop
+from babyllama.train import law, loop
 from babyllama.train.evaluate import score
-from babyllama.train.recipe import Plan, check, plan, plan_from_json, plan_to_json
+from babyllama.train.recipe import (
+    Forecast,
+    Plan,
+    Text,
+    check,
+    forecast,
+    plan,
+    plan_from_json,
+    plan_to_json,
+)
 
 DATA = "data"  # the folder of a run in which its prepared text stands
 SAMPLE_TOKENS = 48  # of the text shown at each evaluation
@@ -44,6 +53,7 @@ class Planned:
 
     plan: Plan
     corpus: Corpus
+    forecast: Forecast | None  # None: the text is too short to be judged
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -101,6 +111,7 @@ def train(
                 progress=progress,
             )
             places = [DATA]
+        speed = machine.measure_precision(device or machine.best_device())
         chosen = plan(
             vocab_size=corpus.vocab_size,
             text_bytes=corpus.train_bytes,
@@ -111,6 +122,7 @@ def train(
             device=device,
             seed=seed,
             settings=settings,
+            speed=speed,
         )
         check_device(chosen.device)
         facts = {
@@ -122,7 +134,8 @@ def train(
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         run = Run.create(out, facts)
-        _train(run, chosen, corpus, None, tell, time.perf_counter() - began)
+        told = Planned(chosen, corpus, _forecast(chosen, corpus, speed))
+        _train(run, told, None, tell, time.perf_counter() - began)
     return run
 
 
@@ -148,14 +161,16 @@ def resume(
         if chosen.device != "cpu" and not machine.has_device(chosen.device):
             chosen = replace(chosen, device=machine.best_device(), precision="float32")
         check_device(chosen.device)
-        _train(run, chosen, corpus, step, tell)
+        speed = machine.measure_precision(chosen.device)
+        _train(run, Planned(chosen, corpus, _forecast(chosen, corpus, speed)), step, tell)
     return run
 
 
 def _train(
-    run: Run, chosen: Plan, corpus: Corpus, step: int | None, tell: Callable[[Any], None], used: float = 0.0
+    run: Run, planned: Planned, step: int | None, tell: Callable[[Any], None], used: float = 0.0
 ) -> None:
-    tell(Planned(chosen, corpus))
+    tell(planned)
+    chosen, corpus = planned.plan, planned.corpus
 
     def sample(model: Llama) -> str:
         writer = LoadedLlama(chosen.model, corpus.tokenizer, model)
@@ -164,6 +179,14 @@ def _train(
         )
 
     tell(loop.train(run, chosen, corpus, step=step, tell=tell, sample=sample, used=used))
+
+
+def _forecast(chosen: Plan, corpus: Corpus, speed: machine.Precision) -> Forecast | None:
+    if min(len(corpus.train_ids), len(corpus.val_ids)) < 64:
+        return None
+    text = Text(corpus.train_bytes, len(corpus.train_ids), corpus.vocab_size)
+    hard = law.hardness(corpus.train_ids, corpus.val_ids, corpus.tokenizer.byte_lengths())
+    return forecast(chosen, text, hard, speed)
 
 
 def check_device(device: str) -> None:

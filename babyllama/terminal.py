@@ -1,6 +1,7 @@
 """What a person sees in the terminal: a plan, a run as it goes, tables. Rich draws; nothing is computed here."""
 
 import contextlib
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -139,6 +140,7 @@ class TrainingScreen:
 
     def __init__(self) -> None:
         self.bits: float | None = None
+        self.lowest, self.warned, self.held_out = math.inf, False, 0
         self.outcome: Any = None
         columns = (
             BarColumn(bar_width=14),
@@ -185,10 +187,16 @@ class TrainingScreen:
                     f"{count(costs.parameters(m).total)} parameters: {m.n_layers} layers, {m.dim} wide, "
                     f"{m.n_heads} heads, context {m.max_seq_len}",
                 ),
-                ("step", f"{plan.tokens_per_step:,} tokens, learning rate up to {plan.learning_rate:.2g}"),
+                (
+                    "step",
+                    f"{plan.tokens_per_step:,} tokens, {OPTIMIZERS[plan.optimizer]} with rates up to "
+                    f"{plan.learning_rate:.2g}, {plan.dropout:.0%} dropped",
+                ),
                 ("training", f"{until} on {where}, products in {plan.precision}"),
+                *expected(event.forecast, plan.seconds / 60),
             ]
         )
+        self.held_out = corpus.val_bytes
         console.print()
 
     def _started(self, event: Any) -> None:
@@ -225,6 +233,13 @@ class TrainingScreen:
         self.bits = event.score.bits_per_byte
         best = "  [green]best so far[/green]" if event.best else ""
         console.print(f"step {event.step:>6,}   {bits_per_byte(event.score)}{best}")
+        worse = event.score.bits_per_byte - self.lowest
+        if worse > 0.01 and not self.warned:
+            self.warned = True
+            note(
+                "The held-out text is predicted worse than before: the model learns its text by heart from here on."
+            )
+        self.lowest = min(self.lowest, event.score.bits_per_byte)
         if event.sample:
             words = " ".join(event.sample.split())
             console.print(
@@ -237,7 +252,32 @@ class TrainingScreen:
         self.outcome = event
         if event.score is not None:
             console.print(f"\nDone after {event.step:,} steps: {bits_per_byte(event.score)}")
-            console.print(f"on all of the held-out text ({event.score.bytes:,} bytes).")
+            part = event.score.bytes / max(1, self.held_out)
+            what = "all" if part > 0.98 else f"{part:.0%}, evenly taken,"
+            console.print(f"on {what} of the held-out text ({event.score.bytes:,} bytes).")
+
+
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+
+
+def expected(forecast: Any, minutes: float) -> list[tuple[str, str]]:
+    """What a run is thought to reach, for `facts`; and how long there is something to learn, if that is less."""
+    if forecast is None:
+        return []
+    low, high = (forecast.bits_per_byte * (1 + sign * forecast.spread) for sign in (-1, 1))
+    rows = [
+        (
+            "expected",
+            f"{low:.2f} to {high:.2f} bits per byte, text seen {forecast.epochs:.1f} times at "
+            f"{forecast.tokens_per_second:,.0f} tokens/s; {size(forecast.bytes)} of memory",
+        )
+    ]
+    if minutes > forecast.enough_minutes:
+        enough = plural(round(forecast.enough_minutes, 1), "minute")
+        rows.append(
+            ("", f"this text holds about {enough} of learning for this model here; more text would help more")
+        )
+    return rows
 
 
 def bits_per_byte(score: Any) -> str:

@@ -361,6 +361,8 @@ def cell_plan(request: Line, corpus: Any) -> Any:
     if "size" in outside:
         from babyllama.train import recipe
 
+        if "tokens_per_step" not in outside and "batch_size" not in request["settings"]:
+            own.pop("batch_size")  # the recipe's for that size
         return recipe.plan(vocab_size=corpus.vocab_size, size=str(outside["size"]), settings=own, **options)
     config = Config(
         vocab_size=corpus.vocab_size,
@@ -409,6 +411,7 @@ def one_run(request: Line) -> Line:
     if outcome.score is None:
         raise SystemExit("stopped by a signal")
     from babyllama import costs
+    from babyllama.train.recipe import multiplied
 
     return {
         "bits_per_byte": outcome.score.bits_per_byte,
@@ -416,6 +419,7 @@ def one_run(request: Line) -> Line:
         "tokens_per_second": told["steps"] * plan.tokens_per_step / told["training_seconds"],
         "epochs": told["steps"] * plan.tokens_per_step / len(corpus.train_ids),
         "parameters": costs.parameters(plan.model).total,
+        "multiplied": multiplied(plan.model),
         "wall_seconds": wall() - began[0],
         "processor_seconds": processor() - began[1],
         "torch": torch.__version__,

@@ -4,13 +4,14 @@ The rules are few and each stands beside its number; all of them can be overridd
 """
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from babyllama import costs, machine
 from babyllama.errors import InputError, MachineError, UsageError
 from babyllama.model import Config, RopeScaling
+from babyllama.train import law
 
 # (dim, n_layers, n_heads): heads of 32 numbers while small, 64 later; about 40 to 64 of width for each layer
 SHAPES = (
@@ -20,16 +21,19 @@ SHAPES = (
     (160, 4, 5),
     (192, 5, 6),
     (256, 6, 8),
-    (288, 6, 6),
+    (320, 6, 5),
     (384, 8, 6),
     (512, 8, 8),
     (768, 12, 12),
     (1024, 16, 16),
 )
-TOKENS_PER_PARAMETER = 0.8  # a model that is to see fewer tokens than this for each parameter is too large
 CONTEXTS = (256, 128, 64, 32, 16)  # the longest of which the text fills sixteen rows
-PARAMETERS_PER_BYTE = 1.55  # of training text; more only learns it by heart
-SHARE_OF_PEAK = 0.3  # of the speed of a bare matrix product, reached by a whole training step
+PARAMETERS_PER_BYTE = 8  # of training text, at most; more only learns it by heart
+STEPS = 1200  # that a run takes at least, as long as they do not become too small
+MUON_STEP = 4  # tokens of a step for each of the width of the model, from which on Muon is worth its time
+LARGEST_STEP = 8  # tokens of a step for each of the width: more steps learn more than larger ones
+ENOUGH = 0.005  # of the bits per byte: a gain that is not worth twice the time
+OVERHEAD = 0.05  # of a run's seconds: evaluations, samples, saves
 MEMORY_SHARE = 0.8  # of the free memory that training may plan to use
 
 
@@ -138,11 +142,13 @@ def plan(
     device: str | None = None,
     seed: int = 1,
     settings: dict[str, Any] | None = None,
+    speed: machine.Precision | None = None,
 ) -> Plan:
     """The plan for a text of `text_bytes` and `train_tokens` on this machine.
 
     size      parameters wished for, as "3M" or "15m"; the nearest shape is taken. None: chosen by text and time.
     settings  fields of Plan that override what is chosen here.
+    speed     of the device, where it was measured already.
 
     Raises UsageError E101 (unknown setting), E102, E103; InputError E303 (less text than one row); MachineError E404
     (more than fits in memory).
@@ -151,9 +157,9 @@ def plan(
     if minutes is None and steps is None:
         minutes = 10.0
     device = device or machine.best_device()
-    speed = machine.measure_precision(device)
+    speed = speed or machine.measure_precision(device)
     precision = settings.pop("precision", speed.best)
-    peak = max(speed.bfloat16, speed.float32) if precision == "bfloat16" else speed.float32
+    peak = _peak(precision, speed)
     if "context" in settings:
         context = settings.pop("context")
     else:
@@ -163,44 +169,152 @@ def plan(
         dim, n_layers, n_heads = shape
         return Config(vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, max_seq_len=context)
 
-    def tokens(model: Config) -> float:  # that a run of this model sees, if the machine keeps its promise
-        if steps is not None:
-            return math.inf
-        return (minutes or 0) * 60 * SHARE_OF_PEAK * peak / costs.training_flops(model, context).total
-
+    seconds = 0.0 if steps is not None else 60.0 * (minutes or 0)
+    common = {"seed": seed, "device": device, "precision": precision, "threads": machine.physical_cores()}
+    text = Text(text_bytes, train_tokens, vocab_size)
+    plans = [
+        _for_model(config(shape), text, seconds, steps, peak, {"context": context, **common, **settings})
+        for shape in SHAPES
+    ]
     if size is not None:
         wished = parse_size(size)
-        model = min(map(config, SHAPES), key=lambda one: abs(math.log(costs.parameters(one).total / wished)))
+        chosen = min(plans, key=lambda one: abs(math.log(costs.parameters(one.model).total / wished)))
     else:
-        fitting = [
-            one
-            for one in map(config, SHAPES)
-            if costs.parameters(one).total <= PARAMETERS_PER_BYTE * text_bytes
-            and tokens(one) >= TOKENS_PER_PARAMETER * costs.parameters(one).total
+        small = [
+            one for one in plans if costs.parameters(one.model).total <= PARAMETERS_PER_BYTE * text_bytes
         ]
-        model = fitting[-1] if fitting else config(SHAPES[0])
-    tokens_per_step = 2048 if steps is not None else min(max(tokens(model) / 2000, 512), 2**16)
-    rows = max(1, min(round(tokens_per_step / context), train_tokens // context))
-    chosen = Plan(
-        model=model,
-        context=context,
-        batch_size=rows,
-        steps=steps or 0,
-        seconds=0.0 if steps is not None else 60.0 * (minutes or 0),
-        # Half of the law fitted for the OLMo models, 0.0047 · (N / 108M)^(-1/3), and at most 0.004 for the smallest
-        learning_rate=min(0.0047 * (costs.parameters(model).total / 108e6) ** (-1 / 3) / 2, 0.004),
-        seed=seed,
-        device=device,
-        precision=precision,
-        threads=machine.physical_cores(),
-    )
-    chosen = replace(chosen, **settings)
+        numbers = law.read()[0]
+        chosen = min(small or plans[:1], key=lambda one: _bits(one, text, peak, numbers))
     if train_tokens < context + 1:
         found = f"has {train_tokens} tokens to learn from, a row needs {context + 1}"
         fix = f"give more text, or shorter rows:  --set context={max(1, train_tokens // 4)}"
         raise InputError("E303", "the text", found, fix)
     _check_memory(chosen)
     return chosen
+
+
+@dataclass(frozen=True)
+class Text:
+    """What of a text decides a plan."""
+
+    bytes: int  # to learn from
+    tokens: int
+    vocab_size: int
+
+
+def _for_model(
+    model: Config, text: Text, seconds: float, steps: int | None, peak: float, settings: dict[str, Any]
+) -> Plan:
+    """The plan for a model of this size. The rates are those of speed.md's kind: measured ones stand in docs/log.md."""
+    context, width = settings["context"], model.dim
+    plain = Plan(model=model, batch_size=1, seconds=seconds, steps=steps or 0, **{"context": context})
+    seen = steps * 2048 if steps else seconds * tokens_per_second(plain, peak)
+    tokens_per_step = 2048 if steps else min(max(seen / STEPS, 512), LARGEST_STEP * width)
+    rows = max(1, min(round(tokens_per_step / context), text.tokens // context))
+    epochs = seen / max(1, text.tokens)
+    again = math.log2(max(1.0, epochs))  # how often the text is seen twice as often
+    chosen: dict[str, Any] = {
+        "batch_size": rows,
+        "dropout": round(min(0.3, 0.1 * again), 2),
+        "weight_decay": round(min(1.0, 0.1 + 0.45 * again), 2),
+    }
+    muon = settings.get("optimizer", "muon" if rows * context >= MUON_STEP * width else "adamw") == "muon"
+    if muon:
+        chosen |= {
+            "optimizer": "muon",
+            "learning_rate": 0.02,
+            "embedding_rate": round(0.1 * (128 / width) ** 0.5, 4),
+            "head_rate": 0.007,
+            "gain_rate": 0.006,
+            "beta1": 0.8,
+            "cautious": True,
+            "embedding_norm": True,
+            "clip": 0.0,
+        }
+    else:
+        # Half of the law fitted for the OLMo models, 0.0047 · (N / 108M)^(-1/3), and at most 0.004 for the smallest
+        rate = min(0.0047 * (costs.parameters(model).total / 108e6) ** (-1 / 3) / 2, 0.004)
+        chosen |= {"learning_rate": rate, "embedding_rate": 0.02, "embedding_norm": True}
+    return Plan(model=model, seconds=seconds, steps=steps or 0, **{**chosen, **settings})
+
+
+def tokens_per_second(plan: Plan, peak: float) -> float:
+    """Expected of a training step where a bare matrix product reaches `peak` FLOP/s.
+
+    The wider the model, the nearer a step comes to a bare product; the formula goes through three measured widths.
+    """
+    share = 0.9 * plan.model.dim / (plan.model.dim + 102) if plan.device == "cpu" else 0.3
+    tokens = plan.tokens_per_step
+    seconds = tokens * costs.training_flops(plan.model, plan.context).total / (share * peak)
+    if plan.optimizer == "muon":
+        seconds += _muon_flops(plan.model) / (0.4 * peak)
+    return tokens / seconds
+
+
+def _muon_flops(model: Config) -> float:
+    """Of one step: five polynomials, each two products of a matrix with its Gram matrix and one of that with itself."""
+    heads, keys = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    shapes = [(heads, model.dim)] * 2 + [(keys, model.dim)] * 2 + [(model.hidden_dim, model.dim)] * 3
+    each = (5 * (4 * min(a, b) ** 2 * max(a, b) + 2 * min(a, b) ** 3) for a, b in shapes)
+    return float(model.n_layers * sum(each))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan is expected to reach, before it starts."""
+
+    tokens_per_second: float
+    epochs: float
+    bits_per_byte: float
+    spread: float  # two of three runs end within this share of it
+    bytes: int  # of memory
+    enough_minutes: float  # after which twice the time would bring less than ENOUGH
+
+
+def forecast(plan: Plan, text: Text, hardness: float, speed: machine.Precision | None = None) -> Forecast:
+    """What the plan will reach on a text of this `hardness` (law.hardness)."""
+    numbers = law.read()[0]
+    peak = _peak(plan.precision, speed or machine.measure_precision(plan.device))
+    return Forecast(
+        tokens_per_second=tokens_per_second(plan, peak),
+        epochs=_epochs(plan, text, peak),
+        bits_per_byte=hardness * _bits(plan, text, peak, numbers),
+        spread=numbers.spread,
+        bytes=costs.training_bytes(plan.model, plan.batch_size, plan.context).total,
+        enough_minutes=_enough(plan, text, peak, numbers),
+    )
+
+
+def _enough(plan: Plan, text: Text, peak: float, numbers: law.Law) -> float:
+    """Minutes of this model on this text after which as many again would bring less than ENOUGH."""
+    minute = 60 * tokens_per_second(plan, peak) / text.tokens  # in epochs
+    parameters, minutes = multiplied(plan.model), 0.25
+    while minutes < 2**20:
+        now, then = (numbers.bits(1.0, parameters, text.bytes, n * minutes * minute) for n in (1, 2))
+        if then > now * (1 - ENOUGH):
+            break
+        minutes *= 2
+    return minutes
+
+
+def multiplied(model: Config) -> int:
+    """Parameters that are multiplied with: all but the table that tokens are looked up in."""
+    return costs.parameters(model).total - (0 if model.tie_embeddings else model.vocab_size * model.dim)
+
+
+def _peak(precision: str, speed: machine.Precision) -> float:
+    return max(speed.bfloat16, speed.float32) if precision == "bfloat16" else speed.float32
+
+
+def _epochs(plan: Plan, text: Text, peak: float) -> float:
+    if plan.steps:
+        return plan.steps * plan.tokens_per_step / text.tokens
+    return plan.seconds * (1 - OVERHEAD) * tokens_per_second(plan, peak) / text.tokens
+
+
+def _bits(plan: Plan, text: Text, peak: float, numbers: law.Law) -> float:
+    """As a share of the text's hardness."""
+    return numbers.bits(1.0, multiplied(plan.model), text.bytes, _epochs(plan, text, peak))
 
 
 def check(

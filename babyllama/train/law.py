@@ -1,0 +1,182 @@
+"""How many bits per byte a run will reach, told before it starts: a law fitted to this project's own runs.
+
+    bits = hardness · (floor + width · N^-p + data · D^-q),    D = U · (1 + R · (1 - e^(-(epochs - 1) / R)))
+
+N is the number of parameters that are multiplied with, U the bytes of the training text, `epochs` how often a run sees
+them, and D what those are worth together: text seen again teaches less each time, and all repetitions together no more
+than R further copies of it would. The form is that of arXiv:2305.16264 (equations 4 and 5, without the part for
+parameters); the numbers are our own, in law.json, and `python benchmarks/law.py` fits them again.
+
+Texts differ in what there is to learn about them. `hardness` is a measure of that which costs a second: the bits per
+byte that a table of token triples needs on the held-out text.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LAW = Path(__file__).with_name("law.json")
+MOST_TOKENS = 4_000_000  # of the training text that the table is made of
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run that was made by the recipe, and what it reached."""
+
+    text: str
+    hardness: float
+    parameters: int
+    text_bytes: int
+    epochs: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Law:
+    floor: float
+    width: float
+    width_power: float
+    data: float
+    data_power: float
+    reuse: float  # R
+    spread: float  # standard deviation of measured / told, over texts that the numbers were not fitted to
+
+    def bits(self, hardness: float, parameters: int, text_bytes: int, epochs: float) -> float:
+        """Bits per byte on the held-out text at the end of a run."""
+        width = self.width * _width_term(self.width_power, parameters)
+        data = self.data * _data_term(self.data_power, self.reuse, text_bytes, epochs)
+        return hardness * (self.floor + width + data)
+
+
+def worth(text_bytes: int, epochs: float, reuse: float) -> float:
+    """Bytes of fresh text that `epochs` passes over `text_bytes` are worth."""
+    if epochs <= 1:
+        return text_bytes * epochs
+    return text_bytes * (1 + reuse * (1 - math.exp(-(epochs - 1) / reuse)))
+
+
+def _width_term(power: float, parameters: int) -> float:
+    return (parameters / 1e6) ** -power
+
+
+def _data_term(power: float, reuse: float, text_bytes: int, epochs: float) -> float:
+    return (worth(text_bytes, epochs, reuse) / 1e6) ** -power
+
+
+# ---- the table of triples ------------------------------------------------------------------------
+
+
+def hardness(train: NDArray[Any], held_out: NDArray[Any], byte_lengths: Sequence[int]) -> float:
+    """Bits per byte that the counts of single tokens, pairs and triples in `train` need on `held_out`.
+
+    Each count is smoothed with the next shorter one by the method of Witten and Bell: what followed a context T times
+    out of n times for the first time will do so again with probability T / (n + T).
+    """
+    ids, new = np.asarray(train[-MOST_TOKENS:]).astype(np.int64), np.asarray(held_out).astype(np.int64)
+    V = len(byte_lengths)
+    share = np.full(len(new) - 2, 1 / V)
+    for order in (1, 2, 3):
+        seen = _windows(ids, order, V)
+        grams, counts = np.unique(seen, return_counts=True)
+        contexts, first = np.unique(grams // V, return_index=True)
+        kinds = np.diff(np.append(first, len(grams)))  # different tokens after each context
+        totals = np.add.reduceat(counts, first)
+        asked = _windows(new, order, V)[3 - order :]
+        found = _look_up(grams, counts, asked)
+        after, fresh = _look_up(contexts, totals, asked // V), _look_up(contexts, kinds, asked // V)
+        known = after > 0
+        share[known] = (found[known] + fresh[known] * share[known]) / (after[known] + fresh[known])
+    bytes_ = np.asarray(byte_lengths)[new[2:]].sum()
+    return float(-np.log2(share).sum() / bytes_)
+
+
+def _windows(ids: NDArray[np.int64], order: int, V: int) -> NDArray[np.int64]:
+    """Each token with the order - 1 before it, as one number."""
+    number = np.zeros(len(ids) - order + 1, dtype=np.int64)
+    for back in range(order):
+        number = number * V + ids[back : len(ids) - order + 1 + back]
+    return number
+
+
+def _look_up(
+    keys: NDArray[np.int64], values: NDArray[np.int64], asked: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    place = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
+    return np.where(keys[place] == asked, values[place], 0)
+
+
+# ---- fitting -------------------------------------------------------------------------------------
+
+POWERS = np.linspace(0.05, 0.7, 27)
+REUSES = (1.0, 2.0, 3.0, 5.0, 8.0, 15.0, 30.0)
+
+
+def fit(runs: Sequence[Run]) -> Law:
+    """The law with the smallest relative errors; its spread comes from texts left out of the fit one after another."""
+    texts = sorted({run.text for run in runs})
+    whole, errors = _fit(runs), []
+    for text in texts:
+        others = _fit([run for run in runs if run.text != text]) if len(texts) > 1 else whole
+        errors += [math.log(run.bits_per_byte / told(run, others)) for run in runs if run.text == text]
+    return replace(whole, spread=float(np.sqrt(np.mean(np.square(errors)))))
+
+
+def told(run: Run, law: Law) -> float:
+    return law.bits(run.hardness, run.parameters, run.text_bytes, run.epochs)
+
+
+def _fit(runs: Sequence[Run]) -> Law:
+    best, least = None, math.inf
+    scale = np.array([run.hardness / run.bits_per_byte for run in runs])
+    widths = {p: scale * [_width_term(p, run.parameters) for run in runs] for p in POWERS}
+    floors = scale.copy()
+    for q, reuse in product(POWERS, REUSES):
+        datas = scale * [_data_term(q, reuse, run.text_bytes, run.epochs) for run in runs]
+        for p in POWERS:
+            numbers, error = _not_negative(np.column_stack([floors, widths[p], datas]))
+            if error < least:
+                floor, width, data = map(float, numbers)
+                best, least = Law(floor, width, float(p), data, float(q), reuse, 0.0), error
+    assert best is not None
+    return best
+
+
+def _not_negative(columns: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    """Least squares for columns · x = 1 with no x below 0, and the sum of squares left over.
+
+    Where the free solution has a negative part, the best of those on fewer columns is taken.
+    """
+    ones, count = np.ones(len(columns)), columns.shape[1]
+    best, least = np.zeros(count), math.inf
+    for size in range(count, 0, -1):
+        for use in map(list, combinations(range(count), size)):
+            part = columns[:, use]
+            x = np.linalg.lstsq(part, ones, rcond=None)[0]
+            error = float(np.square(part @ x - 1).sum())
+            if (x >= 0).all() and error < least:
+                best, least = np.zeros(count), error
+                best[use] = x
+        if least < math.inf:
+            break
+    return best, least
+
+
+# ---- law.json ------------------------------------------------------------------------------------
+
+
+def read() -> tuple[Law, list[Run]]:
+    """The law, and the runs that it was fitted to."""
+    value = json.loads(LAW.read_text(encoding="utf-8"))
+    return Law(**value["law"]), [Run(**run) for run in value["runs"]]
+
+
+def write(law: Law, runs: Sequence[Run], path: Path = LAW) -> None:
+    value = {"law": asdict(law), "runs": [asdict(run) for run in runs]}
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,108 @@
+"""Fit the law of babyllama/train/law.py again, and write it to law.json beside it.
+
+    python benchmarks/law.py                      run what is missing (about half an hour on two idle cores), then fit
+    python benchmarks/law.py runs/tales runs/mine     these finished runs count too, and stay in law.json
+    python benchmarks/law.py --fit                    fit what law.json holds, and show how well
+
+Each run of its own is one thread for some processor seconds, by the recipe but for its size; see ablate.py, which makes
+them and goes on where it was interrupted. The sizes lie around what a budget can train, so that the best is inside.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import ablate
+import numpy as np
+
+from babyllama.checkpoint.run import Run
+from babyllama.data.corpus import Corpus
+from babyllama.train import law
+from babyllama.train.recipe import multiplied, plan_from_json
+
+TEXTS = ("fairy-tales", "shakespeare")
+SIZES = {20.0: ("200k", "600k", "1.2M"), 60.0: ("600k", "1.2M", "3M"), 180.0: ("1.2M", "3M", "6M")}
+OUT = "runs/ablations"
+
+
+def own_runs() -> list[law.Run]:
+    """Make the runs of TEXTS and SIZES that are missing, and return all of them."""
+    for text in TEXTS:
+        for seconds, sizes in SIZES.items():
+            cells = [argument for size in sizes for argument in ("--cell", f"{size}: size={size}")]
+            ablate.main(
+                ["law", *cells, "--text", text, "--seconds", str(seconds), "--seeds", "1", "--out", OUT]
+            )
+    found, hard = [], {}
+    for line in ablate.read_lines(Path(OUT) / "law.jsonl"):
+        if "bits_per_byte" in line and "size" in line["settings"]:
+            corpus = ablate.prepared({"text": line["text"], "data": f"{OUT}/data"}, None)
+            hard.setdefault(line["text"], hardness(corpus))
+            run = law.Run(
+                text=Path(line["text"]).stem,
+                hardness=hard[line["text"]],
+                parameters=line["multiplied"],
+                text_bytes=corpus.train_bytes,
+                epochs=line["epochs"],
+                bits_per_byte=line["bits_per_byte"],
+            )
+            found.append(run)
+    return found
+
+
+def finished(path: Path) -> law.Run:
+    """A run that babyllama train made and finished."""
+    run = Run(path)
+    settings: dict[str, Any] = run.settings
+    plan = plan_from_json(settings["plan"])
+    corpus = Corpus.open(next(p for place in settings["data"] if Corpus.stands_in(p := path / place)))
+    last = next(line for line in reversed(run.metrics()) if line["event"] == "finished")
+    return law.Run(
+        text=Path(settings["text"]).stem,
+        hardness=hardness(corpus),
+        parameters=multiplied(plan.model),
+        text_bytes=corpus.train_bytes,
+        epochs=last["step"] * plan.tokens_per_step / len(corpus.train_ids),
+        bits_per_byte=last["bits_per_byte"],
+    )
+
+
+def hardness(corpus: Corpus) -> float:
+    return law.hardness(corpus.train_ids, corpus.val_ids, corpus.tokenizer.byte_lengths())
+
+
+def table(fitted: law.Law, runs: list[law.Run]) -> str:
+    lines = [
+        "| text | hardness | parameters | times seen | measured | told | off |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        told = law.told(run, fitted)
+        lines.append(
+            f"| {run.text} | {run.hardness:.3f} | {run.parameters / 1e6:.2f}M | {run.epochs:.2f} | "
+            f"{run.bits_per_byte:.3f} | {told:.3f} | {told / run.bits_per_byte - 1:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
+    parser.add_argument("--fit", action="store_true", help="run nothing")
+    given = parser.parse_args(arguments)
+    kept = law.read()[1] if law.LAW.exists() else []
+    new = [finished(path) for path in given.runs] + ([] if given.fit else own_runs())
+    runs = [run for run in kept if run not in new] + new
+    fitted = law.fit(runs)
+    law.write(fitted, runs)
+    print(table(fitted, runs))
+    off = np.array([law.told(run, fitted) / run.bits_per_byte - 1 for run in runs])
+    print(f"\n{fitted}\nroot mean square {np.sqrt(np.square(off).mean()):.1%}, worst {np.abs(off).max():.1%}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    main()
