@@ -217,7 +217,7 @@ def default_vocab_size(bytes: int) -> int:
     """
     if bytes < 512_000:
         return max(SMALLEST_DEFAULT, bytes // 1000 // 64 * 64)
-    steps = ((1_250_000, 512), (1_750_000, 1024), (5_000_000, 2048), (10_000_000, 4096), (20_000_000, 8192))
+    steps = ((750_000, 512), (1_750_000, 1024), (5_000_000, 2048), (10_000_000, 4096), (20_000_000, 8192))
     return next((size for limit, size in steps if bytes < limit), 16384)
 
 

@@ -212,7 +212,7 @@ def test_the_vocabulary_follows_the_size_of_the_text() -> None:
     sizes = [
         default_vocab_size(n) for n in (0, 10_000, 400_000, 1_000_000, 1_900_000, 4_900_000, 10**7, 10**9)
     ]
-    assert sizes == [320, 320, 384, 512, 2048, 2048, 8192, 16384]
+    assert sizes == [320, 320, 384, 1024, 2048, 2048, 8192, 16384]
     many = [default_vocab_size(n) for n in range(0, 30_000_000, 10_000)]
     assert many == sorted(many)
 
