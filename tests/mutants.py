@@ -51,6 +51,8 @@ FOLDED = CPU + "test_folded_is_the_model_with_a_norm_after_the_embedding_and_is_
 SAVED_FOLDED = LOOP + "test_a_norm_after_the_embedding_is_folded_into_what_is_saved"
 REMEMBERED = LOOP + "test_every_kind_of_memory_survives_an_interruption"
 AVERAGED = LOOP + "test_the_average_of_the_weights_is_kept_where_it_predicts_better"
+FORECAST = RECIPE + "test_of_the_models_that_its_text_allows_the_one_with_the_best_forecast_is_taken"
+BEST = "min(small or plans[:1], key=lambda one: _bits(one, text, peak, numbers))"
 WORKERS = "train/test_workers.py::"
 HELD = "test_costs.py::test_the_bytes_of_a_step_on_a_cpu_are_those_of_its_tensors"
 RESERVED = LOOP + "test_the_last_score_is_part_of_the_time"
@@ -830,19 +832,19 @@ MUTANTS = [
            '{"true": True, "false": False} if kind is bool', '{"true": True, "false": True} if kind is bool',
            RECIPE + "test_a_word_that_is_none_of_a_settings_words_is_told_all_of_them"),
     Mutant("plan: a model too large for its text", "train/recipe.py",
-           "if costs.parameters(one).total <= PARAMETERS_PER_BYTE * text_bytes\n            and tokens", "if tokens",
-           RECIPE + "test_no_model_is_larger_than_its_text_or_its_time_allows"),
-    Mutant("plan: a model too large for its time", "train/recipe.py",
-           "and tokens(one) >= TOKENS_PER_PARAMETER * costs.parameters(one).total", "",
-           RECIPE + "test_no_model_is_larger_than_its_text_or_its_time_allows"),
-    Mutant("plan: the smallest model that fits", "train/recipe.py", "fitting[-1] if fitting", "fitting[0] if fitting",
-           RECIPE + "test_more_text_and_more_time_give_a_larger_model_or_the_same"),
+           "if costs.parameters(one.model).total <= PARAMETERS_PER_BYTE * text_bytes", "if True", FORECAST),
+    Mutant("plan: a model too large for its time", "train/recipe.py", BEST, "(small or plans[:1])[-1]", FORECAST),
+    Mutant("plan: the smallest model that fits", "train/recipe.py", BEST, "(small or plans)[0]",
+           RECIPE + "test_more_time_gives_a_larger_model_or_the_same_and_so_does_more_text_where_time_is_long"),
+    Mutant("plan: memory for one thread", "train/recipe.py", "        workers=plan.threads,\n", "",
+           RECIPE + "test_the_memory_of_a_plan_follows_its_settings"),
     Mutant("plan: the nearest size by difference", "train/recipe.py",
-           "abs(math.log(costs.parameters(one).total / wished))", "abs(costs.parameters(one).total - wished)",
+           "abs(math.log(costs.parameters(one.model).total / wished))",
+           "abs(costs.parameters(one.model).total - wished)",
            RECIPE + "test_between_two_shapes_the_nearer_ratio_decides"),
     Mutant("plan: more steps a second are promised than bfloat16 allows", "train/recipe.py",
-           'peak = max(speed.bfloat16, speed.float32) if precision == "bfloat16" else speed.float32',
-           "peak = max(speed.bfloat16, speed.float32)",
+           'return max(speed.bfloat16, speed.float32) if precision == "bfloat16" else speed.float32',
+           "return max(speed.bfloat16, speed.float32)",
            RECIPE + "test_a_faster_machine_trains_a_larger_model"),
     Mutant("plan: the caller's settings are used up", "train/recipe.py",
            "settings = check(minutes, steps, size, device, settings or {})",

@@ -11,7 +11,16 @@ from babyllama.errors import BabyLlamaError
 from babyllama.machine import Precision
 from babyllama.model import Config, RopeScaling
 from babyllama.train import recipe
-from babyllama.train.recipe import SHAPES, Plan, parse_size, plan, plan_from_json, plan_to_json
+from babyllama.train.recipe import (
+    SHAPES,
+    Plan,
+    Text,
+    forecast,
+    parse_size,
+    plan,
+    plan_from_json,
+    plan_to_json,
+)
 
 BYTES = [20_000, 200_000, 2_000_000, 20_000_000, 2_000_000_000]
 MINUTES = [0.1, 1, 10, 100, 1000, 10_000]
@@ -45,28 +54,34 @@ def parameters(plan: Plan) -> int:
 # ---- text and time -------------------------------------------------------------------------------
 
 
-def test_more_text_and_more_time_give_a_larger_model_or_the_same():
+def test_more_time_gives_a_larger_model_or_the_same_and_so_does_more_text_where_time_is_long():
     sizes = [[parameters(planned(text, minutes=minutes)) for minutes in MINUTES] for text in BYTES]
     for row in sizes:
         assert row == sorted(row)
-    for column in zip(*sizes, strict=True):
-        assert list(column) == sorted(column)
+    longest = [row[-1] for row in sizes]
+    assert longest == sorted(longest)
     assert sizes[0][0] == min(map(min, sizes)) < sizes[2][2] < sizes[-1][-1], "and each of them counts"
     assert sizes[-1][0] < sizes[-1][-1] and sizes[0][-1] < sizes[-1][-1]
 
 
 @pytest.mark.parametrize("text_bytes", BYTES)
 @pytest.mark.parametrize("minutes", MINUTES)
-def test_no_model_is_larger_than_its_text_or_its_time_allows(text_bytes, minutes):
-    chosen = planned(text_bytes, minutes=minutes)
+def test_of_the_models_that_its_text_allows_the_one_with_the_best_forecast_is_taken(text_bytes, minutes):
+    chosen, text = planned(text_bytes, minutes=minutes), Text(text_bytes, text_bytes // 3, 1024)
     shape = (chosen.model.dim, chosen.model.n_layers, chosen.model.n_heads)
     assert shape in SHAPES
     if shape != SHAPES[0]:
-        flops = costs.training_flops(chosen.model, chosen.context).total
-        seen = minutes * 60 * recipe.SHARE_OF_PEAK * 1e11 / flops
         assert parameters(chosen) <= recipe.PARAMETERS_PER_BYTE * text_bytes
-        assert seen >= recipe.TOKENS_PER_PARAMETER * parameters(chosen)
-    assert chosen.batch_size >= 1 and chosen.tokens_per_step <= 2**16 + chosen.context
+        best = forecast(chosen, text, 1.0).bits_per_byte
+        for dim, n_layers, n_heads in SHAPES:
+            sizes = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads}
+            model = Config(vocab_size=1024, **sizes, max_seq_len=chosen.context)
+            count = costs.parameters(model).total
+            if count <= recipe.PARAMETERS_PER_BYTE * text_bytes:
+                other = planned(text_bytes, minutes=minutes, size=str(count))
+                assert best <= forecast(other, text, 1.0).bits_per_byte
+    largest = recipe.LARGEST_STEP * chosen.model.dim + chosen.context
+    assert chosen.batch_size >= 1 and chosen.tokens_per_step <= largest
     assert chosen.tokens_per_step <= max(chosen.context, text_bytes // 3), "no more than an epoch in a step"
 
 
@@ -88,7 +103,10 @@ def test_a_number_of_steps_does_not_depend_on_the_speed_of_the_machine(monkeypat
 
 
 def test_small_models_learn_faster_and_none_faster_than_the_limit():
-    rates = [planned(size=size, steps=9).learning_rate for size in ("100k", "1M", "10M", "100M")]
+    adamw = {"optimizer": "adamw"}
+    rates = [
+        planned(size=size, steps=9, settings=adamw).learning_rate for size in ("100k", "1M", "10M", "100M")
+    ]
     assert rates == sorted(rates, reverse=True) and rates[0] == 0.004 and rates[-1] < rates[0] / 1.5
 
 
@@ -157,6 +175,7 @@ OTHER = {
     "save_seconds": 12.5,
 }  # fmt: skip
 RATES = {name: OTHER[name] for name in ("embedding_rate", "head_rate", "gain_rate")}
+MUON = {"optimizer": "muon", "embedding_norm": True, **RATES}
 NEEDS = {"optimizer": RATES, "normuon": {"optimizer": "muon", **RATES}}  # settings that go only with others
 
 
@@ -335,6 +354,25 @@ def test_more_than_fits_in_memory_is_refused_and_what_fits_is_not(monkeypatch):
     planned(size="10M", steps=9, settings={"batch_size": chosen.batch_size // 4})
     monkeypatch.setattr(machine, "memory", lambda: (None, None))
     assert planned(size="10M", steps=9) == chosen, "not known is not too little"
+
+
+@pytest.mark.parametrize(
+    ("change", "more"),
+    [
+        ({"threads": 1}, False),
+        ({"precision": "bfloat16"}, False),
+        ({"average": 0.1}, True),
+        ({"optimizer": "adamw"}, True),
+        ({"embedding_norm": False}, False),
+        ({"accumulation": 4}, None),
+        ({"device": "cuda:0"}, False),
+    ],
+)
+def test_the_memory_of_a_plan_follows_its_settings(change, more):
+    model = Config(vocab_size=99, dim=24, n_layers=3, n_heads=6, max_seq_len=16)
+    before = Plan(model=model, context=16, batch_size=4, steps=1, threads=2, **MUON)
+    held, changed = recipe.memory(before), recipe.memory(replace(before, **change))
+    assert (changed == held) if more is None else (changed > held) == more and changed != held
 
 
 # ---- to and from run.json ------------------------------------------------------------------------
