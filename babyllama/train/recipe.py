@@ -165,6 +165,11 @@ def plan(
     else:
         context = next(one for one in CONTEXTS if train_tokens >= 16 * one or one == CONTEXTS[-1])
 
+    if train_tokens < context + 1:
+        found = f"has {train_tokens} tokens to learn from, a row needs {context + 1}"
+        fix = f"give more text, or shorter rows:  --set context={max(1, train_tokens // 4)}"
+        raise InputError("E303", "the text", found, fix)
+
     def config(shape: tuple[int, int, int]) -> Config:
         dim, n_layers, n_heads = shape
         return Config(vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, max_seq_len=context)
@@ -185,10 +190,6 @@ def plan(
         ]
         numbers = law.read()[0]
         chosen = min(small or plans[:1], key=lambda one: _bits(one, text, peak, numbers))
-    if train_tokens < context + 1:
-        found = f"has {train_tokens} tokens to learn from, a row needs {context + 1}"
-        fix = f"give more text, or shorter rows:  --set context={max(1, train_tokens // 4)}"
-        raise InputError("E303", "the text", found, fix)
     _check_memory(chosen)
     return chosen
 
@@ -209,7 +210,8 @@ def _for_model(
     context, width = settings["context"], model.dim
     plain = Plan(model=model, batch_size=1, seconds=seconds, steps=steps or 0, **{"context": context})
     seen = steps * 2048 if steps else seconds * tokens_per_second(plain, peak)
-    tokens_per_step = 2048 if steps else min(max(seen / STEPS, 512), LARGEST_STEP * width)
+    largest = LARGEST_STEP * width if settings["device"] == "cpu" else 2**16
+    tokens_per_step = 2048 if steps else min(max(seen / STEPS, 512), largest)
     rows = max(1, min(round(tokens_per_step / context), text.tokens // context))
     epochs = seen / max(1, text.tokens)
     again = math.log2(max(1.0, epochs))  # how often the text is seen twice as often
@@ -218,7 +220,8 @@ def _for_model(
         "dropout": round(min(0.3, 0.1 * again), 2),
         "weight_decay": round(min(1.0, 0.1 + 0.45 * again), 2),
     }
-    muon = settings.get("optimizer", "muon" if rows * context >= MUON_STEP * width else "adamw") == "muon"
+    tokens = settings.get("batch_size", rows) * settings.get("accumulation", 1) * context
+    muon = settings.get("optimizer", "muon" if tokens >= MUON_STEP * width else "adamw") == "muon"
     if muon:
         chosen |= {
             "optimizer": "muon",
@@ -280,7 +283,7 @@ def forecast(plan: Plan, text: Text, hardness: float, speed: machine.Precision |
         epochs=_epochs(plan, text, peak),
         bits_per_byte=hardness * _bits(plan, text, peak, numbers),
         spread=numbers.spread,
-        bytes=costs.training_bytes(plan.model, plan.batch_size, plan.context).total,
+        bytes=memory(plan),
         enough_minutes=_enough(plan, text, peak, numbers),
     )
 
@@ -393,9 +396,24 @@ def _typed(settings: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def memory(plan: Plan) -> int:
+    """Bytes that training by this plan holds."""
+    return costs.training_bytes(
+        plan.model,
+        plan.batch_size,
+        plan.context,
+        device=plan.device.partition(":")[0],
+        workers=plan.threads,
+        bytes_per_number=2 if plan.precision == "bfloat16" else 4,
+        optimizer=plan.optimizer,
+        average=plan.average > 0,
+        embedding_norm=plan.embedding_norm,
+    ).total
+
+
 def _check_memory(plan: Plan) -> None:
     available = machine.memory()[1]
-    needed = costs.training_bytes(plan.model, plan.batch_size, plan.context).total
+    needed = memory(plan)
     if plan.device == "cpu" and available is not None and needed > MEMORY_SHARE * available:
         raise MachineError(
             "E404",

@@ -126,6 +126,22 @@ def test_the_context_adapts_to_a_short_text():
         assert chosen.context < tokens and chosen.model.max_seq_len == chosen.context
 
 
+def test_text_that_is_seen_more_often_is_learned_with_more_dropout_and_decay():
+    plans = [planned(minutes=10, train_tokens=tokens, size="1M") for tokens in (10**4, 10**6, 10**7, 10**9)]
+    dropped, decays = [each.dropout for each in plans], [each.weight_decay for each in plans]
+    assert dropped == sorted(dropped, reverse=True) and decays == sorted(decays, reverse=True)
+    assert (dropped[0], dropped[-1]) == (0.3, 0.0) and (decays[0], decays[-1]) == (1.0, 0.1)
+
+
+def test_muon_moves_the_matrices_where_steps_are_large_enough_for_it():
+    small = planned(minutes=10, size="15M", settings={"batch_size": 1})
+    large = planned(minutes=10, size="1M", settings={"batch_size": 64})
+    assert (small.optimizer, large.optimizer) == ("adamw", "muon")
+    assert large.head_rate > 0 and large.embedding_norm and large.clip == 0.0
+    chosen = planned(minutes=10, size="1M", settings={"batch_size": 64, "optimizer": "adamw"})
+    assert chosen.optimizer == "adamw" and chosen.learning_rate == pytest.approx(0.004)
+
+
 # ---- size ----------------------------------------------------------------------------------------
 
 
