@@ -220,8 +220,7 @@ def _for_model(
         "dropout": round(min(0.3, 0.1 * again), 2),
         "weight_decay": round(min(1.0, 0.1 + 0.45 * again), 2),
     }
-    tokens = settings.get("batch_size", rows) * settings.get("accumulation", 1) * context
-    muon = settings.get("optimizer", "muon" if tokens >= MUON_STEP * width else "adamw") == "muon"
+    muon = settings.get("optimizer", "muon" if rows * context >= MUON_STEP * width else "adamw") == "muon"
     if muon:
         chosen |= {
             "optimizer": "muon",
