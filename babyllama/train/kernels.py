@@ -19,8 +19,16 @@ from numba.extending import intrinsic
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 F32, U16, I32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
 
-kernel = njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 inlined = njit(fastmath=FAST, inline="always")
+
+
+def kernel(function):
+    """Compiled on first use, and kept beside this file or in the user's cache; each time anew where neither can be."""
+    options = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
+    try:
+        return njit(function, cache=True, **options)
+    except RuntimeError:  # numba found no folder that it may write to
+        return njit(function, **options)
 
 
 # ---- numbers -------------------------------------------------------------------------------------

@@ -2,6 +2,10 @@
 
 import copy
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -367,3 +371,20 @@ def test_neighbours_are_dropped_independently():
     centred = mask - 0.5
     for shifted in (centred.roll(1, 1), centred.roll(1, 0), centred.roll(7, 1)):
         assert abs(float((centred * shifted).mean())) < 4 * 0.25 / 512
+
+
+def test_a_kernel_is_compiled_anew_where_nothing_can_be_kept(tmp_path):
+    package = tmp_path / "babyllama"
+    shutil.copytree(Path(kernels.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "import numpy as np\n"
+        "from babyllama.train import kernels\n"
+        "total = np.zeros(3, np.float32)\n"
+        "kernels.add_up(np.ones((2, 3), np.float32), total, False)\n"
+        "print(total.tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "[2.0, 2.0, 2.0]\n", done.stderr
+    assert not list(tmp_path.rglob("*.nbc"))
