@@ -79,7 +79,7 @@ GROUPS: dict[str, list[Cell]] = {
         AS_IT_IS,
         Cell(
             "AdamW, GPT-2 init, tied, cosine",
-            {**ADAMW, "init": "gpt2", "tie_embeddings": True, "schedule": "cosine"},
+            {**ADAMW, "init": "gpt2", "tie_embeddings": True, "embedding_norm": False, "schedule": "cosine"},
         ),
     ],
     "precision": [AS_IT_IS, *(Cell(kind, {"precision": kind}) for kind in ("float32", "bfloat16"))],

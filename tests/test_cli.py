@@ -211,7 +211,7 @@ def small_tales(monkeypatch):
 
 
 def test_a_story_is_learned_once_and_told_again(small_tales, tmp_path, said, monkeypatch):
-    story = ("story", "--out", tmp_path / "run", "--minutes", 0.05)
+    story = ("story", "--out", tmp_path / "run", "--minutes", 0.2)
     first = said(*story)
     assert "learns to tell" in first and "bits per byte" in first and "A story, told by" in first
     for name in ("train", "resume"):
@@ -225,7 +225,7 @@ def test_a_story_is_learned_once_and_told_again(small_tales, tmp_path, said, mon
 def test_a_story_that_was_interrupted_goes_on_learning_and_is_then_told(
     small_tales, tmp_path, said, monkeypatch
 ):
-    story = ("story", "--out", tmp_path / "run", "--minutes", 0.05)
+    story = ("story", "--out", tmp_path / "run", "--minutes", 0.2)
     with monkeypatch.context() as patch:
         patch.setattr(TrainingScreen, "_stepped", interrupt_at(3))
         stopped = said(*story, status=130)

@@ -38,7 +38,8 @@ from babyllama.train.step import PlainStep, Step, folded, loss_sum, products, st
 OPTIMIZER = "optim.safetensors"
 RECORDS = 200  # steps that metrics.jsonl tells of, evenly over a run
 TRAINED = "tok_embeddings.weight.trained"  # as the optimiser has it, where the model's file has it folded
-LAST_SHARE = 0.02  # of a time budget, at most, for the evaluation of the last weights
+LAST_SHARE = 0.02  # of a time budget, at most, for the score of the last weights
+MOST_RESERVED = 0.25  # of a time budget, for all that comes after the last step
 SKIPS = 3  # steps in a row that are not finite; that many end the run
 
 # ---- what the loop tells ------------------------------------------------------------------------
@@ -158,7 +159,8 @@ class _Training:
         self.clock = time.perf_counter()  # when `seconds` was last brought up to date
         self.step, self.seconds, self.best_bits = 0, used, math.inf
         self.last_tokens: int | None = None  # scored of the last weights; None: all there are
-        self.reserved = 0.0  # seconds of the budget kept for that, and for the last save
+        self.last_seconds = 0.0  # that this takes
+        self.reserved = 0.0  # seconds of the budget for what comes after the last step
         self.skipped, self.skipped_in_a_row = 0, 0
         self.evaluated: Score | None = None  # at this very step
 
@@ -280,14 +282,21 @@ class _Training:
         """Decide how many tokens the last weights are scored on, and how many seconds that and the last save take."""
         if self.plan.steps:
             return
-        some = min(4 * self.plan.context, len(self.corpus.val_ids))
+        some = min(16 * self.plan.context, len(self.corpus.val_ids))
         self._score(self.model, some)  # warms up
         began = time.perf_counter()
         scored = self._score(self.model, some)
         rate = scored.tokens / (time.perf_counter() - began)
         affordable = int(LAST_SHARE * self.plan.seconds * rate)
         self.last_tokens = None if len(self.corpus.val_ids) <= affordable else max(some, affordable)
-        self.reserved = min(self.last_tokens or math.inf, len(self.corpus.val_ids)) / rate
+        self.last_seconds = min(self.last_tokens or math.inf, len(self.corpus.val_ids)) / rate
+        self._keep(0.0)
+
+    def _keep(self, seconds: float) -> None:
+        """Reserve what the last score takes, and `seconds` for the evaluation and the save before it."""
+        if self.plan.seconds:
+            needed = max(self.reserved, self.last_seconds + seconds)  # never less: progress does not go back
+            self.reserved = min(needed, MOST_RESERVED * self.plan.seconds)
 
     # ---- running -------------------------------------------------------------------------------
 
@@ -297,7 +306,7 @@ class _Training:
         recent = [(time.perf_counter(), self.step)]
         last_save, saved = time.perf_counter(), self.step
         save_due = evaluation_due = False
-        while self.progress < 1 and not caught:
+        while (self.progress < 1 or self.step == 0) and not caught:
             before = self.progress
             loss, norm = self.take_step(before)
             self.step += 1
@@ -330,6 +339,8 @@ class _Training:
             if save_due or evaluation_due:
                 self.save()
                 last_save, saved = time.perf_counter(), self.step
+                if evaluation_due:
+                    self._keep(last_save - now)
                 save_due = evaluation_due = False
         if self.progress < 1:
             if self.step > 0 and self.step != saved:  # at 0 there is nothing that a new start would not make

@@ -4,7 +4,7 @@ The rules are few and each stands beside its number; all of them can be overridd
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
@@ -28,9 +28,11 @@ SHAPES = (
     (1024, 16, 16),
 )
 CONTEXTS = (256, 128, 64, 32, 16)  # the longest of which the text fills sixteen rows
-PARAMETERS_PER_BYTE = 8  # of training text, at most; more only learns it by heart
-STEPS = 1200  # that a run takes at least, as long as they do not become too small
-MUON_STEP = 4  # tokens of a step for each of the width of the model, from which on Muon is worth its time
+PARAMETERS_PER_BYTE = 16  # of training text, at most; more only learns it by heart
+TOKENS_PER_PARAMETER = 0.28  # that a run sees at least: a larger model is no better by then
+STEPS = 1200  # that a run takes, as long as they do not become too small or too large
+FEWEST_STEPS = 600  # as few as this are right if each is then large enough for Muon
+MUON_STEP = 6  # tokens of a step for each of the width of the model, from which on Muon is worth its time
 LARGEST_STEP = 8  # tokens of a step for each of the width: more steps learn more than larger ones
 ENOUGH = 0.005  # of the bits per byte: a gain that is not worth twice the time
 OVERHEAD = 0.05  # of a run's seconds: evaluations, samples, saves
@@ -185,11 +187,13 @@ def plan(
         wished = parse_size(size)
         chosen = min(plans, key=lambda one: abs(math.log(costs.parameters(one.model).total / wished)))
     else:
-        small = [
-            one for one in plans if costs.parameters(one.model).total <= PARAMETERS_PER_BYTE * text_bytes
+        fitting = [
+            one
+            for one in plans
+            if costs.parameters(one.model).total <= PARAMETERS_PER_BYTE * text_bytes
+            and _tokens(one, peak) >= TOKENS_PER_PARAMETER * costs.parameters(one.model).total
         ]
-        numbers = law.read()[0]
-        chosen = min(small or plans[:1], key=lambda one: _bits(one, text, peak, numbers))
+        chosen = fitting[-1] if fitting else plans[0]
     _check_memory(chosen)
     return chosen
 
@@ -206,22 +210,19 @@ class Text:
 def _for_model(
     model: Config, text: Text, seconds: float, steps: int | None, peak: float, settings: dict[str, Any]
 ) -> Plan:
-    """The plan for a model of this size. The rates are those of speed.md's kind: measured ones stand in docs/log.md."""
+    """The plan for a model of this size. What the numbers rest on stands in docs/log.md (2026-11-24)."""
     context, width = settings["context"], model.dim
-    plain = Plan(model=model, batch_size=1, seconds=seconds, steps=steps or 0, **{"context": context})
-    seen = steps * 2048 if steps else seconds * tokens_per_second(plain, peak)
+    bare = Plan(model=model, context=context, batch_size=1, seconds=seconds, steps=steps or 0)
+    seen = (
+        seconds * (1 - OVERHEAD) * tokens_per_second(bare, peak)
+    )  # without Muon, which takes time of its own
     largest = LARGEST_STEP * width if settings["device"] == "cpu" else 2**16
-    tokens_per_step = 2048 if steps else min(max(seen / STEPS, 512), largest)
+    least = max(512, min(MUON_STEP * width, seen / FEWEST_STEPS))
+    tokens_per_step = 2048 if steps else min(max(seen / STEPS, least), largest)
     rows = max(1, min(round(tokens_per_step / context), text.tokens // context))
-    epochs = seen / max(1, text.tokens)
-    again = math.log2(max(1.0, epochs))  # how often the text is seen twice as often
-    chosen: dict[str, Any] = {
-        "batch_size": rows,
-        "dropout": round(min(0.3, 0.1 * again), 2),
-        "weight_decay": round(min(1.0, 0.1 + 0.45 * again), 2),
-    }
-    muon = settings.get("optimizer", "muon" if rows * context >= MUON_STEP * width else "adamw") == "muon"
-    if muon:
+    enough = (rows + 0.5) * context >= MUON_STEP * width
+    chosen: dict[str, Any] = {"batch_size": rows, "embedding_norm": True}
+    if settings.get("optimizer", "muon" if enough else "adamw") == "muon":
         chosen |= {
             "optimizer": "muon",
             "learning_rate": 0.02,
@@ -230,14 +231,21 @@ def _for_model(
             "gain_rate": 0.006,
             "beta1": 0.8,
             "cautious": True,
-            "embedding_norm": True,
             "clip": 0.0,
         }
     else:
         # Half of the law fitted for the OLMo models, 0.0047 · (N / 108M)^(-1/3), and at most 0.004 for the smallest
         rate = min(0.0047 * (costs.parameters(model).total / 108e6) ** (-1 / 3) / 2, 0.004)
-        chosen |= {"learning_rate": rate, "embedding_rate": 0.02, "embedding_norm": True}
-    return Plan(model=model, seconds=seconds, steps=steps or 0, **{**chosen, **settings})
+        chosen |= {"learning_rate": rate, "embedding_rate": 0.02}
+    plan = Plan(model=model, seconds=seconds, steps=steps or 0, **{**chosen, **settings})
+    again = math.log2(
+        max(1.0, _epochs(plan, text, peak))
+    )  # how often the times that the text is seen were doubled
+    care: dict[str, Any] = {
+        "dropout": round(min(0.3, 0.1 * again), 2),
+        "weight_decay": round(min(1.0, 0.1 + 0.45 * again), 2),
+    }
+    return replace(plan, **{name: value for name, value in care.items() if name not in settings})
 
 
 def tokens_per_second(plan: Plan, peak: float) -> float:
@@ -308,10 +316,15 @@ def _peak(precision: str, speed: machine.Precision) -> float:
     return max(speed.bfloat16, speed.float32) if precision == "bfloat16" else speed.float32
 
 
-def _epochs(plan: Plan, text: Text, peak: float) -> float:
+def _tokens(plan: Plan, peak: float) -> float:
+    """That the run will have seen at its end."""
     if plan.steps:
-        return plan.steps * plan.tokens_per_step / text.tokens
-    return plan.seconds * (1 - OVERHEAD) * tokens_per_second(plan, peak) / text.tokens
+        return float(plan.steps * plan.tokens_per_step)
+    return plan.seconds * (1 - OVERHEAD) * tokens_per_second(plan, peak)
+
+
+def _epochs(plan: Plan, text: Text, peak: float) -> float:
+    return _tokens(plan, peak) / text.tokens
 
 
 def _bits(plan: Plan, text: Text, peak: float, numbers: law.Law) -> float:
