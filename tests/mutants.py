@@ -51,8 +51,7 @@ FOLDED = CPU + "test_folded_is_the_model_with_a_norm_after_the_embedding_and_is_
 SAVED_FOLDED = LOOP + "test_a_norm_after_the_embedding_is_folded_into_what_is_saved"
 REMEMBERED = LOOP + "test_every_kind_of_memory_survives_an_interruption"
 AVERAGED = LOOP + "test_the_average_of_the_weights_is_kept_where_it_predicts_better"
-FORECAST = RECIPE + "test_of_the_models_that_its_text_allows_the_one_with_the_best_forecast_is_taken"
-BEST = "min(small or plans[:1], key=lambda one: _bits(one, text, peak, numbers))"
+LARGEST = RECIPE + "test_the_largest_model_is_taken_that_text_and_time_allow"
 WORKERS = "train/test_workers.py::"
 HELD = "test_costs.py::test_the_bytes_of_a_step_on_a_cpu_are_those_of_its_tensors"
 RESERVED = LOOP + "test_the_last_score_is_part_of_the_time"
@@ -832,10 +831,17 @@ MUTANTS = [
            '{"true": True, "false": False} if kind is bool', '{"true": True, "false": True} if kind is bool',
            RECIPE + "test_a_word_that_is_none_of_a_settings_words_is_told_all_of_them"),
     Mutant("plan: a model too large for its text", "train/recipe.py",
-           "if costs.parameters(one.model).total <= PARAMETERS_PER_BYTE * text_bytes", "if True", FORECAST),
-    Mutant("plan: a model too large for its time", "train/recipe.py", BEST, "(small or plans[:1])[-1]", FORECAST),
-    Mutant("plan: the smallest model that fits", "train/recipe.py", BEST, "(small or plans)[0]",
-           RECIPE + "test_more_time_gives_a_larger_model_or_the_same_and_so_does_more_text_where_time_is_long"),
+           "if costs.parameters(one.model).total <= PARAMETERS_PER_BYTE * text_bytes", "if True", LARGEST),
+    Mutant("plan: a model too large for its time", "train/recipe.py",
+           "and _tokens(one, peak) >= TOKENS_PER_PARAMETER * costs.parameters(one.model).total", "", LARGEST),
+    Mutant("plan: the smallest model that fits", "train/recipe.py",
+           "fitting[-1] if fitting", "fitting[0] if fitting", LARGEST),
+    Mutant("plan: dropout whatever was asked for", "train/recipe.py",
+           "for name, value in care.items() if name not in settings", "for name, value in care.items()",
+           RECIPE + "test_a_setting_reaches_the_plan_as_what_it_is"),
+    Mutant("plan: as much care for a text seen once", "train/recipe.py",
+           "math.log2(max(1.0, _epochs(plan, text, peak)))", "3.0",
+           RECIPE + "test_text_that_is_seen_more_often_is_learned_with_more_dropout_and_decay"),
     Mutant("plan: memory for one thread", "train/recipe.py", "        workers=plan.threads,\n", "",
            RECIPE + "test_the_memory_of_a_plan_follows_its_settings"),
     Mutant("plan: the nearest size by difference", "train/recipe.py",

@@ -256,7 +256,12 @@ def test_quality_runs_and_draws(text, tmp_path):
 
 
 def test_an_ablation_runs_and_names_what_it_does_not_know(text, tmp_path):
-    cells = ["--cell", "tied: tie_embeddings=true, embedding_norm=false, init=gpt2", "--cell", "odd: no_such_setting=1"]
+    cells = [
+        "--cell",
+        "tied: tie_embeddings=true, embedding_norm=false, init=gpt2",
+        "--cell",
+        "odd: no_such_setting=1",
+    ]
     size = ["--seconds", "3", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path)]
     done = run("ablate.py", "mine", "--text", str(text), *size, *cells)
     found = rows(done.stdout)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -265,6 +266,10 @@ def test_a_norm_after_the_embedding_is_folded_into_what_is_saved(prepared, tmp_p
     tokenizer = corpus.tokenizer
     after_bos = tokenizer.bos_id, tokenizer.byte_lengths(tokenizer.bos_id)
     again = evaluate.score(llama.model, ids, tokenizer.byte_lengths(), 32, after_bos=after_bos)
+    assert again.bits_per_byte == pytest.approx(finished, abs=1e-5)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    logits = lambda tokens: theirs(tokens, use_cache=False).logits  # noqa: E731
+    again = evaluate.score(logits, ids, tokenizer.byte_lengths(), 32, after_bos=after_bos)
     assert again.bits_per_byte == pytest.approx(finished, abs=1e-5)
     shown = []
     plan = replace(api.plan_from_json(run.settings["plan"]), steps=3, evaluations=1)

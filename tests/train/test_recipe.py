@@ -10,7 +10,7 @@ from babyllama import costs, machine
 from babyllama.errors import BabyLlamaError
 from babyllama.machine import Precision
 from babyllama.model import Config, RopeScaling
-from babyllama.train import recipe
+from babyllama.train import law, recipe
 from babyllama.train.recipe import (
     SHAPES,
     Plan,
@@ -66,20 +66,21 @@ def test_more_time_gives_a_larger_model_or_the_same_and_so_does_more_text_where_
 
 @pytest.mark.parametrize("text_bytes", BYTES)
 @pytest.mark.parametrize("minutes", MINUTES)
-def test_of_the_models_that_its_text_allows_the_one_with_the_best_forecast_is_taken(text_bytes, minutes):
-    chosen, text = planned(text_bytes, minutes=minutes), Text(text_bytes, text_bytes // 3, 1024)
+def test_the_largest_model_is_taken_that_text_and_time_allow(text_bytes, minutes):
+    def allowed(one: Plan) -> bool:
+        seen = recipe.tokens_per_second(one, 1e11) * minutes * 60 * (1 - recipe.OVERHEAD)
+        few = parameters(one) <= recipe.PARAMETERS_PER_BYTE * text_bytes
+        return few and seen >= recipe.TOKENS_PER_PARAMETER * parameters(one)
+
+    chosen = planned(text_bytes, minutes=minutes)
     shape = (chosen.model.dim, chosen.model.n_layers, chosen.model.n_heads)
-    assert shape in SHAPES
-    if shape != SHAPES[0]:
-        assert parameters(chosen) <= recipe.PARAMETERS_PER_BYTE * text_bytes
-        best = forecast(chosen, text, 1.0).bits_per_byte
-        for dim, n_layers, n_heads in SHAPES:
-            sizes = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads}
-            model = Config(vocab_size=1024, **sizes, max_seq_len=chosen.context)
-            count = costs.parameters(model).total
-            if count <= recipe.PARAMETERS_PER_BYTE * text_bytes:
-                other = planned(text_bytes, minutes=minutes, size=str(count))
-                assert best <= forecast(other, text, 1.0).bits_per_byte
+    larger = [
+        planned(text_bytes, minutes=minutes, size=str(costs.parameters(model).total))
+        for dim, n_layers, n_heads in SHAPES[SHAPES.index(shape) + 1 :]
+        for model in [Config(vocab_size=1024, dim=dim, n_layers=n_layers, n_heads=n_heads)]
+    ]
+    assert shape == SHAPES[0] or allowed(chosen)
+    assert not any(map(allowed, larger))
     largest = recipe.LARGEST_STEP * chosen.model.dim + chosen.context
     assert chosen.batch_size >= 1 and chosen.tokens_per_step <= largest
     assert chosen.tokens_per_step <= max(chosen.context, text_bytes // 3), "no more than an epoch in a step"
@@ -140,6 +141,44 @@ def test_muon_moves_the_matrices_where_steps_are_large_enough_for_it():
     assert large.head_rate > 0 and large.embedding_norm and large.clip == 0.0
     chosen = planned(minutes=10, size="1M", settings={"optimizer": "adamw"})
     assert chosen.optimizer == "adamw" and chosen.learning_rate == pytest.approx(0.004)
+
+
+# ---- what a plan is expected to reach ------------------------------------------------------------
+
+
+def test_a_forecast_by_hand():
+    text = Text(1_000_000, 300_000, 1024)
+    chosen = planned(minutes=2, size="1M", settings={"optimizer": "adamw"})
+    told = forecast(chosen, text, 2.0)
+    flops = costs.training_flops(chosen.model, chosen.context).total
+    share = 0.9 * chosen.model.dim / (chosen.model.dim + 102)
+    assert told.tokens_per_second == pytest.approx(1e11 * share / flops)
+    assert told.epochs == pytest.approx(told.tokens_per_second * 120 * (1 - recipe.OVERHEAD) / 300_000)
+    numbers, multiplied = law.read()[0], recipe.multiplied(chosen.model)
+    assert multiplied == parameters(chosen) - 1024 * chosen.model.dim
+    assert told.bits_per_byte == pytest.approx(numbers.bits(2.0, multiplied, 1_000_000, told.epochs))
+    assert told.spread == numbers.spread and told.bytes == recipe.memory(chosen)
+
+
+def test_muon_takes_its_time():
+    of = {name: {"optimizer": name, "batch_size": 8} for name in ("adamw", "muon")}
+    fast, slow = (
+        recipe.tokens_per_second(planned(minutes=2, size="1M", settings=of[name]), 1e11) for name in of
+    )
+    model = planned(minutes=2, size="1M").model
+    squares = 4 * 6 * model.dim**3
+    others = 3 * (4 * model.dim**2 * model.hidden_dim + 2 * model.dim**3)
+    extra = model.n_layers * 5 * (squares + others) / (0.4 * 1e11)
+    assert 8 * 256 / slow == pytest.approx(8 * 256 / fast + extra)
+
+
+def test_a_text_is_enough_for_so_many_minutes_and_more_text_for_more():
+    chosen = planned(minutes=10, size="1M")
+    minutes = [
+        forecast(chosen, Text(tokens * 3, tokens, 1024), 2.0).enough_minutes
+        for tokens in (10**4, 10**6, 10**8)
+    ]
+    assert minutes == sorted(minutes) and minutes[0] < minutes[1] < minutes[2]
 
 
 # ---- size ----------------------------------------------------------------------------------------
