@@ -58,15 +58,12 @@ class CPUStep:
         matrices += [f"feed_forward.{name}" for name in ("w_gate", "w_up", "w_down")]
         names = [f"layers.{i}.{matrix}" for i in range(L) for matrix in matrices]
         names += ["tok_embeddings"] if tied else ["lm_head", "tok_embeddings"]
-        names += [f"layers.{i}.{norm}" for i in range(L) for norm in ("attention_norm", "ffn_norm")] + [
-            "norm"
-        ]
+        names += [f"layers.{i}.{norm}" for i in range(L) for norm in ("attention_norm", "ffn_norm")]
+        names += ["norm"]
         order = [self.model.get_parameter(f"{name}.weight") for name in names]
         ends = list(accumulate(weight.numel() for weight in order))
         self.flat, self.gradients = torch.empty(ends[-1]), torch.zeros(ends[-1])
-        self.views: list[
-            tuple[torch.nn.Parameter, Tensor]
-        ] = []  # each parameter, and where its gradient stands
+        self.views: list[tuple[torch.nn.Parameter, Tensor]] = []  # each parameter, and its gradient's place
         for weight, end in zip(order, ends, strict=True):
             place = slice(end - weight.numel(), end)
             self.flat[place] = weight.detach().flatten()

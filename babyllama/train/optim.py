@@ -201,12 +201,10 @@ def make_adamw(members: Mapping[str, Weights], plan: Plan) -> torch.optim.AdamW:
         group["weight_decay"] = plan.weight_decay if group["role"] == "matrix" else 0.0
     fused = plan.device == "cpu" or plan.device.startswith("cuda")
     made = torch.optim.AdamW(groups, betas=(plan.beta1, plan.beta2), eps=1e-10, fused=fused)
-    for (
-        group
-    ) in groups:  # torch would do this at the first step; now there is memory to write and to read before it
-        for weight in group["params"]:
-            step = torch.zeros((), device=weight.device if fused else "cpu")
-            made.state[weight] = {"step": step} | {key: torch.zeros_like(weight) for key in MOMENTS[1:]}
+    # torch would do this at the first step; like this there is memory to write and to read before it.
+    for weight in (weight for group in groups for weight in group["params"]):
+        step = torch.zeros((), device=weight.device if fused else "cpu")
+        made.state[weight] = {"step": step} | {key: torch.zeros_like(weight) for key in MOMENTS[1:]}
     return made
 
 
