@@ -362,9 +362,24 @@ def measure_precision(device: str = "cpu") -> Precision:
     """Time one product of a small Llama's size in float32 and in bfloat16, by turns.
 
     Having the instructions is not enough (a build of torch may not use them), so it is measured, and the
-    best time of several is taken, since other programs can only make a product slower. MPS is not asked and
-    stays in float32: what it does with bfloat16 depends on the chip and on the version of macOS.
+    best time of several is taken, since other programs can only make a product slower. On a CPU one thread is timed,
+    and all physical cores are said to do as many times as much: that is how training uses them (train/cpu.py), and
+    threads that wait for one another would be told slower on a busy machine. MPS is not asked and stays in float32:
+    what it does with bfloat16 depends on the chip and on the version of macOS.
     """
+    import torch
+
+    threads, cores = torch.get_num_threads(), 1
+    if device == "cpu":
+        torch.set_num_threads(1)
+        cores = physical_cores()
+    try:
+        return _measure_precision(device, cores)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure_precision(device: str, cores: int) -> Precision:
     import torch
 
     m, k, n = (1024, 256, 768) if device == "cpu" else (4096, 1024, 4096)
@@ -384,7 +399,7 @@ def measure_precision(device: str = "cpu") -> Precision:
             _wait(device)
             best[kind] = min(best[kind], time.perf_counter() - start)
         turn += 1
-    speeds = {kind: 2 * m * k * n / seconds for kind, seconds in best.items()}
+    speeds = {kind: cores * 2 * m * k * n / seconds for kind, seconds in best.items()}
     float32, bfloat16 = speeds[torch.float32], speeds.get(torch.bfloat16, 0.0)
     return Precision("bfloat16" if bfloat16 > WORTHWHILE * float32 else "float32", float32, bfloat16)
 

@@ -161,7 +161,8 @@ def plan(
     device = device or machine.best_device()
     speed = speed or machine.measure_precision(device)
     precision = settings.pop("precision", speed.best)
-    peak = _peak(precision, speed)
+    threads = int(settings.get("threads", machine.physical_cores()))
+    peak = _peak(device, precision, threads, speed)
     if "context" in settings:
         context = settings.pop("context")
     else:
@@ -177,7 +178,7 @@ def plan(
         return Config(vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, max_seq_len=context)
 
     seconds = 0.0 if steps is not None else 60.0 * (minutes or 0)
-    common = {"seed": seed, "device": device, "precision": precision, "threads": machine.physical_cores()}
+    common = {"seed": seed, "device": device, "precision": precision, "threads": threads}
     text = Text(text_bytes, train_tokens, vocab_size)
     plans = [
         _for_model(config(shape), text, seconds, steps, peak, {"context": context, **common, **settings})
@@ -284,7 +285,8 @@ class Forecast:
 def forecast(plan: Plan, text: Text, hardness: float, speed: machine.Precision | None = None) -> Forecast:
     """What the plan will reach on a text of this `hardness` (law.hardness)."""
     numbers = law.read()[0]
-    peak = _peak(plan.precision, speed or machine.measure_precision(plan.device))
+    speed = speed or machine.measure_precision(plan.device)
+    peak = _peak(plan.device, plan.precision, plan.threads, speed)
     return Forecast(
         tokens_per_second=tokens_per_second(plan, peak),
         epochs=_epochs(plan, text, peak),
@@ -312,8 +314,10 @@ def multiplied(model: Config) -> int:
     return costs.parameters(model).total - (0 if model.tie_embeddings else model.vocab_size * model.dim)
 
 
-def _peak(precision: str, speed: machine.Precision) -> float:
-    return max(speed.bfloat16, speed.float32) if precision == "bfloat16" else speed.float32
+def _peak(device: str, precision: str, threads: int, speed: machine.Precision) -> float:
+    """FLOP/s of bare products with these threads."""
+    peak = max(speed.bfloat16, speed.float32) if precision == "bfloat16" else speed.float32
+    return peak * threads / machine.physical_cores() if device == "cpu" else peak
 
 
 def _tokens(plan: Plan, peak: float) -> float:

@@ -160,6 +160,13 @@ def test_a_forecast_by_hand():
     assert told.spread == numbers.spread and told.bytes == recipe.memory(chosen)
 
 
+def test_half_of_the_cores_are_half_as_fast():
+    text = Text(1_000_000, 300_000, 1024)
+    both, one = (planned(minutes=2, size="1M", settings={"threads": n, "optimizer": "adamw"}) for n in (2, 1))
+    speeds = [forecast(each, text, 2.0).tokens_per_second for each in (both, one)]
+    assert speeds[0] == pytest.approx(2 * speeds[1])
+
+
 def test_muon_takes_its_time():
     of = {name: {"optimizer": name, "batch_size": 8} for name in ("adamw", "muon")}
     fast, slow = (
