@@ -123,6 +123,7 @@ def train(
             seed=seed,
             settings=settings,
             speed=speed,
+            used=time.perf_counter() - began,
         )
         check_device(chosen.device)
         facts = {
@@ -134,7 +135,7 @@ def train(
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         run = Run.create(out, facts)
-        told = Planned(chosen, corpus, _forecast(chosen, corpus, speed))
+        told = Planned(chosen, corpus, _forecast(chosen, corpus, speed, time.perf_counter() - began))
         _train(run, told, None, tell, time.perf_counter() - began)
     return run
 
@@ -181,12 +182,12 @@ def _train(
     tell(loop.train(run, chosen, corpus, step=step, tell=tell, sample=sample, used=used))
 
 
-def _forecast(chosen: Plan, corpus: Corpus, speed: machine.Precision) -> Forecast | None:
+def _forecast(chosen: Plan, corpus: Corpus, speed: machine.Precision, used: float = 0.0) -> Forecast | None:
     if min(len(corpus.train_ids), len(corpus.val_ids)) < 64:
         return None
     text = Text(corpus.train_bytes, len(corpus.train_ids), corpus.vocab_size)
     hard = law.hardness(corpus.train_ids, corpus.val_ids, corpus.tokenizer.byte_lengths())
-    return forecast(chosen, text, hard, speed)
+    return forecast(chosen, text, hard, speed, used)
 
 
 def check_device(device: str) -> None:

@@ -189,8 +189,8 @@ class TrainingScreen:
                 ),
                 (
                     "step",
-                    f"{plan.tokens_per_step:,} tokens, {OPTIMIZERS[plan.optimizer]} with rates up to "
-                    f"{plan.learning_rate:.2g}, {plan.dropout:.0%} dropped",
+                    f"{plan.tokens_per_step:,} tokens, {OPTIMIZERS[plan.optimizer]}, matrices at up to "
+                    f"{plan.learning_rate:.2g}" + (f", {plan.dropout:.0%} dropped" if plan.dropout else ""),
                 ),
                 ("training", f"{until} on {where}, products in {plan.precision}"),
                 *expected(event.forecast, plan.seconds / 60),

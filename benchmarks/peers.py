@@ -164,6 +164,7 @@ THROUGHPUT = {
         PLAIN,
         replace(PLAIN, name="plain bf16", precision="bfloat16"),
         replace(OURS, source="babyllama.train.loop.train itself"),
+        replace(OURS, name="babyllama, Muon", source="the same with the optimiser that the recipe prefers"),
         TRANSFORMERS,
         replace(TRANSFORMERS, name="transformers bf16", precision="bfloat16"),
         replace(LITGPT, name="litgpt bf16"),
@@ -436,7 +437,8 @@ def contestant(recipe: Recipe, shape: Shape, seed: int = 1) -> PlainLoop | OurLo
     """A contestant of --throughput: this shape, random ids. Everything that is not the step is the same."""
     ids = np.random.default_rng(seed).integers(shape.vocab_size, size=2**18).astype(np.uint16)
     if recipe.model == "babyllama":
-        return OurLoop(shape, ids, seed, threads=torch.get_num_threads())
+        same = {"threads": torch.get_num_threads(), "dropout": 0.0}
+        return OurLoop(shape, ids, seed, optimizer="muon" if "Muon" in recipe.name else "adamw", **same)
     same = {"tied": False, "accumulation": 1, "context": shape.context, "rows": shape.batch_size}
     return PlainLoop(replace(recipe, **same), shape.config, ids, rate=1e-3, seed=seed)
 

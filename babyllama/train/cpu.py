@@ -1,9 +1,10 @@
 """The loss of a step and its gradients on the CPU, near the speed of the cores. What it computes is model.py, no more.
 
-Each worker, one thread, takes some rows of the batch through the whole model and back, so threads meet twice a step and
-never wait inside it. Between the matrix products, which PyTorch does, stand the kernels of kernels.py; q, k and v are
-one product, gate and up another; every buffer is made once. The derivatives are written out below, in the order of the
-forward pass and then backwards; tests/train/test_cpu.py holds loss and gradients equal to those of model.py.
+Each worker, one thread, takes some rows of the batch through the whole model and back, so threads meet between casting
+the weights, working and adding up, and never wait inside. Between the matrix products, which PyTorch does, stand the
+kernels of kernels.py; q, k and v are one product, gate and up another; all large buffers are made once. The derivatives
+are written out below, in the order of the forward pass and then backwards; tests/train/test_cpu.py holds loss and
+gradients equal to those of model.py.
 
 Layout: all weights lie in one flat tensor, all gradients in another, and the model's parameters become views of them:
 [wq wk wv | wo | w_gate w_up | w_down] of each layer, lm_head, tok_embeddings, gains. The first part, as far as it is

@@ -1,8 +1,9 @@
 """The one training loop.
 
-Everything random or ordered is a function of (seed, step): the first weights, and which rows a step sees. So the state
-of a run is its weights, the optimiser's memory, the number of the step and the seconds used; a run that was stopped
-and resumed ends with the same bits as one that was not (same machine, CPU, a run of so many steps).
+Everything random or ordered is a function of (seed, step): the first weights, which rows a step sees, what dropout
+leaves out. So the state of a run is its weights as they are trained, the optimiser's memory, the average of the
+weights, the number of the step, the seconds used and the count of skipped steps; a run that was stopped and resumed
+ends with the same bits as one that was not (same machine, CPU, a run of so many steps).
 """
 
 import json
@@ -94,7 +95,9 @@ class Outcome:
     """How a run ended: finished, or stopped by a signal with everything saved."""
 
     step: int
-    score: Score | None  # over all of the validation text, in float32; None when stopped
+    score: (
+        Score | None
+    )  # in float32, over all of the validation text or what the time allows; None when stopped
     stopped_by: int | None  # signal number
 
 
@@ -158,6 +161,7 @@ class _Training:
         self.after_bos = corpus.tokenizer.bos_id, corpus.tokenizer.byte_lengths(corpus.tokenizer.bos_id)
         self.clock = time.perf_counter()  # when `seconds` was last brought up to date
         self.step, self.seconds, self.best_bits = 0, used, math.inf
+        self.done = False  # trained to the end by an earlier process
         self.last_tokens: int | None = None  # scored of the last weights; None: all there are
         self.last_seconds = 0.0  # that this takes
         self.reserved = 0.0  # seconds of the budget for what comes after the last step
@@ -173,8 +177,9 @@ class _Training:
         elif wanted is not None:
             self.run.checked(wanted)
         if wanted is None:
-            self._take(Llama(self.plan.model, seed=self.plan.seed))
-            start(self.model, self.plan)
+            model = Llama(self.plan.model, seed=self.plan.seed)
+            start(model, self.plan)
+            self._take(model)
         else:
             self._load(wanted)
         self._forget_metrics_after(self.step)
@@ -204,6 +209,7 @@ class _Training:
         try:
             self._set_tensors(load_safetensors((folder / OPTIMIZER).read_bytes()))
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.reserved, self.done = float(state.get("reserved", 0.0)), bool(state["done"])
             self.skipped = int(state.get("skipped", 0))  # not in states of earlier versions
             self.skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
             self.best_bits = float(
@@ -240,11 +246,13 @@ class _Training:
     def save(self) -> None:
         """Save this step. Raises NumericalError E501, and writes nothing, when a tensor of it is not finite."""
         self._refuse_not_finite()
+        self._tick()
         state = {
             "step": self.step,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds,
+            "reserved": self.reserved,
             "done": self.progress >= 1,
             "bits_per_byte": self.evaluated.bits_per_byte if self.evaluated else None,
             "best_bits_per_byte": self.best_bits if math.isfinite(self.best_bits) else None,
@@ -282,13 +290,14 @@ class _Training:
         """Decide how many tokens the last weights are scored on, and how many seconds that and the last save take."""
         if self.plan.steps:
             return
-        some = min(16 * self.plan.context, len(self.corpus.val_ids))
+        some = min(max(2 * self.plan.context, 4096), len(self.corpus.val_ids))
         self._score(self.model, some)  # warms up
         began = time.perf_counter()
         scored = self._score(self.model, some)
         rate = scored.tokens / (time.perf_counter() - began)
         affordable = int(LAST_SHARE * self.plan.seconds * rate)
-        self.last_tokens = None if len(self.corpus.val_ids) <= affordable else max(some, affordable)
+        affordable = max(2 * self.plan.context, affordable)
+        self.last_tokens = affordable if affordable < len(self.corpus.val_ids) else None
         self.last_seconds = min(self.last_tokens or math.inf, len(self.corpus.val_ids)) / rate
         self._keep(0.0)
 
@@ -306,8 +315,10 @@ class _Training:
         recent = [(time.perf_counter(), self.step)]
         last_save, saved = time.perf_counter(), self.step
         save_due = evaluation_due = False
-        while (self.progress < 1 or self.step == 0) and not caught:
-            before = self.progress
+        while not self.done and (self.progress < 1 or self.step == 0) and not caught:
+            before = (
+                min(self.progress, 0.5) if self.step == 0 else self.progress
+            )  # one step is taken, whatever is left
             loss, norm = self.take_step(before)
             self.step += 1
             self.evaluated = None
@@ -342,13 +353,14 @@ class _Training:
                 if evaluation_due:
                     self._keep(last_save - now)
                 save_due = evaluation_due = False
-        if self.progress < 1:
+        if not self.done and self.progress < 1:
             if self.step > 0 and self.step != saved:  # at 0 there is nothing that a new start would not make
                 self.save()
             return Outcome(self.step, None, caught[0])
-        outcome = self.finish()
-        self._tick()
-        return outcome
+        if not self.done and saved != self.step:  # time ran out between two steps
+            self.evaluate()
+            self.save()
+        return self.finish()
 
     def _due(self, before: float, times: int) -> bool:
         """Whether one of `times` even marks lies between the progress `before` this step and now; the end is one."""
@@ -400,6 +412,7 @@ class _Training:
     def finish(self) -> Outcome:
         """Score the last weights in float32: on all of the validation text, or on what the time allows."""
         whole = self._score(self.model, self.last_tokens)
+        self._tick()
         self._record(event="finished", step=self.step, seconds=self.seconds, **asdict(whole))
         return Outcome(self.step, whole, None)
 

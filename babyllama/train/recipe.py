@@ -74,7 +74,7 @@ class Plan:
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; everything else is float32
     threads: int = 1
     evaluations: int = 8  # during the run, evenly, each with a sample of text and a save
-    evaluation_tokens: int = 16384  # scored at each of them; all of the validation text at the end
+    evaluation_tokens: int = 16384  # scored at each of them; at the end all, or what the time allows
     save_every: int = 0  # steps between saves besides; 0: every `save_seconds`
     save_seconds: float = 300.0
 
@@ -145,12 +145,14 @@ def plan(
     seed: int = 1,
     settings: dict[str, Any] | None = None,
     speed: machine.Precision | None = None,
+    used: float = 0.0,
 ) -> Plan:
     """The plan for a text of `text_bytes` and `train_tokens` on this machine.
 
     size      parameters wished for, as "3M" or "15m"; the nearest shape is taken. None: chosen by text and time.
     settings  fields of Plan that override what is chosen here.
     speed     of the device, where it was measured already.
+    used      seconds of the minutes that are gone.
 
     Raises UsageError E101 (unknown setting), E102, E103; InputError E303 (less text than one row); MachineError E404
     (more than fits in memory).
@@ -181,7 +183,9 @@ def plan(
     common = {"seed": seed, "device": device, "precision": precision, "threads": threads}
     text = Text(text_bytes, train_tokens, vocab_size)
     plans = [
-        _for_model(config(shape), text, seconds, steps, peak, {"context": context, **common, **settings})
+        _for_model(
+            config(shape), text, seconds, steps, peak, used, {"context": context, **common, **settings}
+        )
         for shape in SHAPES
     ]
     if size is not None:
@@ -192,7 +196,7 @@ def plan(
             one
             for one in plans
             if costs.parameters(one.model).total <= PARAMETERS_PER_BYTE * text_bytes
-            and _tokens(one, peak) >= TOKENS_PER_PARAMETER * costs.parameters(one.model).total
+            and _tokens(one, peak, used) >= TOKENS_PER_PARAMETER * costs.parameters(one.model).total
         ]
         chosen = fitting[-1] if fitting else plans[0]
     _check_memory(chosen)
@@ -209,19 +213,24 @@ class Text:
 
 
 def _for_model(
-    model: Config, text: Text, seconds: float, steps: int | None, peak: float, settings: dict[str, Any]
+    model: Config,
+    text: Text,
+    seconds: float,
+    steps: int | None,
+    peak: float,
+    used: float,
+    settings: dict[str, Any],
 ) -> Plan:
     """The plan for a model of this size. What the numbers rest on stands in docs/log.md (2026-11-24)."""
     context, width = settings["context"], model.dim
-    bare = Plan(model=model, context=context, batch_size=1, seconds=seconds, steps=steps or 0)
-    seen = (
-        seconds * (1 - OVERHEAD) * tokens_per_second(bare, peak)
-    )  # without Muon, which takes time of its own
+    bare = Plan(model=model, context=context, batch_size=1, seconds=seconds, steps=steps or 0, threads=1)
+    seen = _tokens(bare, peak, used)  # without Muon, which takes time of its own
     largest = LARGEST_STEP * width if settings["device"] == "cpu" else 2**16
     least = max(512, min(MUON_STEP * width, seen / FEWEST_STEPS))
     tokens_per_step = 2048 if steps else min(max(seen / STEPS, least), largest)
-    rows = max(1, min(round(tokens_per_step / context), text.tokens // context))
-    enough = (rows + 0.5) * context >= MUON_STEP * width
+    each = settings["threads"] if settings["device"] == "cpu" else 1  # threads share the rows evenly
+    rows = min(max(1, round(tokens_per_step / context / each)) * each, max(1, text.tokens // context))
+    enough = rows * context >= 0.8 * MUON_STEP * width  # rows were rounded
     chosen: dict[str, Any] = {"batch_size": rows, "embedding_norm": True}
     if settings.get("optimizer", "muon" if enough else "adamw") == "muon":
         chosen |= {
@@ -239,9 +248,7 @@ def _for_model(
         rate = min(0.0047 * (costs.parameters(model).total / 108e6) ** (-1 / 3) / 2, 0.004)
         chosen |= {"learning_rate": rate, "embedding_rate": 0.02}
     plan = Plan(model=model, seconds=seconds, steps=steps or 0, **{**chosen, **settings})
-    again = math.log2(
-        max(1.0, _epochs(plan, text, peak))
-    )  # how often the times that the text is seen were doubled
+    again = math.log2(max(1.0, _epochs(plan, text, peak, used)))  # how often the passes were doubled
     care: dict[str, Any] = {
         "dropout": round(min(0.3, 0.1 * again), 2),
         "weight_decay": round(min(1.0, 0.1 + 0.45 * again), 2),
@@ -254,7 +261,12 @@ def tokens_per_second(plan: Plan, peak: float) -> float:
 
     The wider the model, the nearer a step comes to a bare product; the formula goes through three measured widths.
     """
-    share = 0.9 * plan.model.dim / (plan.model.dim + 102) if plan.device == "cpu" else 0.3
+    share = 0.3
+    if plan.device == "cpu":
+        share = 0.9 * plan.model.dim / (plan.model.dim + 102)
+        share *= plan.batch_size / (
+            math.ceil(plan.batch_size / plan.threads) * plan.threads
+        )  # rows may not be even
     tokens = plan.tokens_per_step
     seconds = tokens * costs.training_flops(plan.model, plan.context).total / (share * peak)
     if plan.optimizer == "muon":
@@ -282,15 +294,17 @@ class Forecast:
     enough_minutes: float  # after which twice the time would bring less than ENOUGH
 
 
-def forecast(plan: Plan, text: Text, hardness: float, speed: machine.Precision | None = None) -> Forecast:
+def forecast(
+    plan: Plan, text: Text, hardness: float, speed: machine.Precision | None = None, used: float = 0.0
+) -> Forecast:
     """What the plan will reach on a text of this `hardness` (law.hardness)."""
     numbers = law.read()[0]
     speed = speed or machine.measure_precision(plan.device)
     peak = _peak(plan.device, plan.precision, plan.threads, speed)
     return Forecast(
         tokens_per_second=tokens_per_second(plan, peak),
-        epochs=_epochs(plan, text, peak),
-        bits_per_byte=hardness * _bits(plan, text, peak, numbers),
+        epochs=_epochs(plan, text, peak, used),
+        bits_per_byte=hardness * _bits(plan, text, peak, used, numbers),
         spread=numbers.spread,
         bytes=memory(plan),
         enough_minutes=_enough(plan, text, peak, numbers),
@@ -316,24 +330,24 @@ def multiplied(model: Config) -> int:
 
 def _peak(device: str, precision: str, threads: int, speed: machine.Precision) -> float:
     """FLOP/s of bare products with these threads."""
-    peak = max(speed.bfloat16, speed.float32) if precision == "bfloat16" else speed.float32
+    peak = (speed.bfloat16 or speed.float32) if precision == "bfloat16" else speed.float32
     return peak * threads / machine.physical_cores() if device == "cpu" else peak
 
 
-def _tokens(plan: Plan, peak: float) -> float:
+def _tokens(plan: Plan, peak: float, used: float) -> float:
     """That the run will have seen at its end."""
     if plan.steps:
         return float(plan.steps * plan.tokens_per_step)
-    return plan.seconds * (1 - OVERHEAD) * tokens_per_second(plan, peak)
+    return max(0.0, plan.seconds * (1 - OVERHEAD) - used) * tokens_per_second(plan, peak)
 
 
-def _epochs(plan: Plan, text: Text, peak: float) -> float:
-    return _tokens(plan, peak) / text.tokens
+def _epochs(plan: Plan, text: Text, peak: float, used: float) -> float:
+    return _tokens(plan, peak, used) / text.tokens
 
 
-def _bits(plan: Plan, text: Text, peak: float, numbers: law.Law) -> float:
+def _bits(plan: Plan, text: Text, peak: float, used: float, numbers: law.Law) -> float:
     """As a share of the text's hardness."""
-    return numbers.bits(1.0, multiplied(plan.model), text.bytes, _epochs(plan, text, peak))
+    return numbers.bits(1.0, multiplied(plan.model), text.bytes, _epochs(plan, text, peak, used))
 
 
 def check(
@@ -408,6 +422,8 @@ def _typed(settings: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("E102", "--set threads", found, "choose fewer")
     smallest = Config(vocab_size=1, dim=2, n_layers=1, n_heads=1)
     least: dict[str, Any] = {"context": 1, "batch_size": 1, **kept}
+    if kept.get("optimizer") == "muon":  # the rates that are not given will be the recipe's
+        least = {"embedding_rate": 1.0, "head_rate": 1.0, "gain_rate": 1.0, **least}
     Plan(model=smallest, steps=1, **least)  # refuses what is out of range
     return kept
 

@@ -238,7 +238,7 @@ OTHER = {
 }  # fmt: skip
 RATES = {name: OTHER[name] for name in ("embedding_rate", "head_rate", "gain_rate")}
 MUON = {"optimizer": "muon", "embedding_norm": True, **RATES}
-NEEDS = {"optimizer": RATES, "normuon": {"optimizer": "muon", **RATES}}  # settings that go only with others
+NEEDS = {"normuon": {"optimizer": "muon"}}  # settings that go only with others
 
 
 def test_every_setting_of_a_plan_is_tried_here():
