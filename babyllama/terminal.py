@@ -40,7 +40,8 @@ def _sign(character: str) -> str:
 
 def say(text: str, end: str = "\n") -> None:
     """Text of a model: never read as markup, never a control sequence."""
-    console.out(printable(text), end=end, highlight=False)
+    console.file.write(printable(text) + end)  # not console.out, which makes spaces of tabs
+    console.file.flush()
 
 
 def say_raw(text: str, end: str = "\n") -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from babyllama import terminal
 from babyllama.checkpoint.run import Run
 from babyllama.terminal import TrainingScreen, command, duration, plural, printable, size
 from babyllama.train.loop import Skipped
@@ -107,3 +108,8 @@ def test_figures_read_as_a_person_would_write_them():
     ]
     assert command("babyllama", "generate", "a b", 3) == "babyllama generate 'a b' 3"
     assert printable("a\x1b[1m\x07\n\t€") == "a␛[1m␇\n\t€"
+
+
+def test_what_a_model_says_keeps_its_tabs(capsys):
+    terminal.say("a\tb\n\tc [bold]d")
+    assert capsys.readouterr().out == "a\tb\n\tc [bold]d\n"

@@ -719,7 +719,9 @@ def test_a_resumed_run_remembers_its_seconds_and_its_best_score(prepared, tmp_pa
     api.resume(run.path, step=4, tell=events.append)
     seconds = [event.seconds for event in events if isinstance(event, Stepped)]
     assert 1000 < seconds[0] < seconds[1] < 1100
-    assert run.state(6)["seconds"] == seconds[1] and run.state(6)["best_bits_per_byte"] == 1e-3
+    assert (
+        seconds[1] < run.state(6)["seconds"] < seconds[1] + 50 and run.state(6)["best_bits_per_byte"] == 1e-3
+    )
     best = [event.best for event in events if isinstance(event, Evaluated)]
     assert best and not any(best)
 
