@@ -178,9 +178,10 @@ def training_bytes(
     average           whether an average of the weights is kept
     embedding_norm    whether the token vectors are normalised
 
-    On a CPU these are all tensors that train/cpu.py makes and holds to the end of the run: exact. Elsewhere
-    `activations` is an estimate, in float32, of what PyTorch keeps for its own differentiation; products in bfloat16
-    mostly keep less. Not counted: what lives for a moment, and what a scoring of validation text takes in between.
+    On a CPU these are all tensors that train/cpu.py makes and holds to the end of the run: exact, but for the free row
+    behind each (cpu.buffer). Elsewhere `activations` is an estimate, in float32, of what PyTorch keeps for its own
+    differentiation; products in bfloat16 mostly keep less. Not counted: what lives for a moment, and what a scoring of
+    validation text takes in between.
     """
     _check("batch_size", batch_size)
     _check("context", context)
@@ -191,7 +192,7 @@ def training_bytes(
         multiplied = n.matrices + config.vocab_size * config.dim
         gradients = FLOAT32 * n.total + bytes_per_number * workers * multiplied
         activations = bytes_per_number * multiplied  # the matrices as they are multiplied with
-        activations += FLOAT32 * config.vocab_size * (config.dim + 1) if embedding_norm else 0
+        activations += FLOAT32 * config.vocab_size * (2 * config.dim + 1) if embedding_norm else 0
         activations += _buffers(config, batch_size, context, workers, bytes_per_number)
     else:
         gradients, activations = FLOAT32 * n.total, _kept_by_autograd(config, batch_size, context)

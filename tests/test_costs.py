@@ -146,7 +146,8 @@ def test_weights_gradients_and_moments_are_four_numbers_a_parameter():
 
 
 def tensors_of(*holders) -> dict[int, int]:
-    """Address -> bytes of every memory that these objects, and what they hold, have tensors in."""
+    """Address -> bytes, up to the last that a tensor shows, of every memory that these objects, and what they hold,
+    have tensors in."""
     found, seen, waiting = {}, set(), [*holders]
     while waiting:
         one = waiting.pop()
@@ -154,7 +155,8 @@ def tensors_of(*holders) -> dict[int, int]:
             continue
         seen.add(id(one))
         if isinstance(one, torch.Tensor):
-            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+            memory, shown = one.untyped_storage().data_ptr(), one.storage_offset() + one.numel()
+            found[memory] = max(found.get(memory, 0), shown * one.itemsize)
             if isinstance(one, torch.nn.Parameter):
                 waiting.append(one.grad)
         elif isinstance(one, dict):

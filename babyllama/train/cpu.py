@@ -12,7 +12,7 @@ multiplied, is copied to the products' precision once a step.
 """
 
 import math
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -38,19 +38,20 @@ class CPUStep:
         self.plan = plan
         self._flatten()
         count = max(1, min(plan.threads, plan.batch_size))
-        ends = [plan.batch_size * (i + 1) // count for i in range(count)]
-        self.rows = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        self.rows = _split(plan.batch_size, count)
         self.working = torch.empty(self.multiplied, dtype=self.dtype)
         self.parts = torch.empty(count, self.multiplied, dtype=self.dtype)
-        embedded = torch.empty_like(self.table) if plan.embedding_norm else self.table
+        embedded = self.table
+        if plan.embedding_norm:  # what the norm makes of the table, its rows' 1 / rms, and its gradient
+            embedded, self.rms = buffer(*self.table.shape), buffer(len(self.table))
+            self.dembedded = buffer(*self.table.shape)
         self.weights = Weights(self.config, self.working, self.gains, embedded)
         self.workers = [
             _Worker(self.config, plan.context, rows, self.weights, part, self.dtype)
             for rows, part in zip(self.rows, self.parts, strict=True)
         ]
         self.threads, self.tasks = Workers(count), range(count)
-        edges = [self.multiplied * i // count for i in range(count + 1)]
-        self.slices = [slice(*pair) for pair in pairwise(edges)]
+        self.slices, self.ids = _split(self.multiplied, count), _split(self.config.vocab_size, count)
 
     def _flatten(self) -> None:
         """Move the parameters into `self.flat`; their gradients will stand in `self.gradients`, in the same order."""
@@ -63,7 +64,8 @@ class CPUStep:
         names += ["norm"]
         order = [self.model.get_parameter(f"{name}.weight") for name in names]
         ends = list(accumulate(weight.numel() for weight in order))
-        self.flat, self.gradients = torch.empty(ends[-1]), torch.zeros(ends[-1])
+        behind = self.config.dim  # as `buffer` has it
+        self.flat, self.gradients = (torch.zeros(ends[-1] + behind)[:-behind] for _ in range(2))
         self.views: list[tuple[torch.nn.Parameter, Tensor]] = []  # each parameter, and its gradient's place
         for weight, end in zip(order, ends, strict=True):
             place = slice(end - weight.numel(), end)
@@ -88,7 +90,7 @@ class CPUStep:
             self.threads.each(lambda i: self._refresh(i, self.plan.embedding_norm), self.tasks)
         nats = self.threads.each(lambda i: self._work(i, tokens, targets, counted, keys), self.tasks)
         self.threads.each(lambda i: self._gather(i, part > 0), self.tasks)
-        self._gather_rest(part > 0)
+        self.threads.each(lambda i: self._gather_looked_up(self.ids[i], part > 0), self.tasks)
         for weight, gradient in self.views:
             weight.grad = gradient
         return sum(nats) / counted
@@ -112,14 +114,16 @@ class CPUStep:
         return worker.logits.view(worker.R, worker.T, -1).float()
 
     def _refresh(self, i: int, norm: bool) -> None:
-        """Bring the weights that are multiplied with up to date."""
+        """Bring a share of the weights that are multiplied with, or looked up, up to date."""
         self.working[self.slices[i]] = self.flat[self.slices[i]]
-        if i > 0 or not self.plan.embedding_norm:
-            return
-        self.weights.table.copy_(self.table)
-        if norm:
-            self.table_rms = (self.table.square().mean(-1) + self.config.norm_eps).rsqrt()
-            torch.mul(self.table, self.table_rms[:, None], out=self.weights.table)
+        if self.plan.embedding_norm:
+            ids = self.ids[i]
+            table, embedded = self.table[ids], self.weights.table[ids]
+            if norm:
+                self.rms[ids] = (table.square().mean(-1) + self.config.norm_eps).rsqrt()
+                torch.mul(table, self.rms[ids, None], out=embedded)
+            else:
+                embedded.copy_(table)
 
     def _work(self, i: int, tokens: Tensor, targets: Tensor, counted: int, keys: list[int]) -> float:
         rows, worker = self.rows[i], self.workers[i]
@@ -132,23 +136,44 @@ class CPUStep:
         return nats
 
     def _gather(self, i: int, more: bool) -> None:
+        """Add up a share of the workers' gradients."""
         part, total = self.parts[:, self.slices[i]], self.gradients[self.slices[i]]
         kernels.add_up(_array(part), _array(total), more)
+        if i == 0:
+            if not more:
+                self.dgains.zero_()
+            for worker in self.workers:
+                self.dgains += worker.dgains
 
-    def _gather_rest(self, more: bool) -> None:
-        tied = self.model.lm_head is None
-        if not more:
-            self.dgains.zero_()
-        if not more and not tied:  # tied: the head's gradient is there already
-            self.dtable.zero_()
-        looked_up = torch.zeros_like(self.dtable) if self.plan.embedding_norm else self.dtable
+    def _gather_looked_up(self, ids: slice, more: bool) -> None:
+        """The same for the rows `ids` of the embedding."""
+        norm, tied = self.plan.embedding_norm, self.model.lm_head is None
+        if not more and not tied:  # tied: what the head's share of the gradient is stands there already
+            self.dtable[ids] = 0
+        looked_up = self.dtable
+        if norm:
+            looked_up = self.dembedded
+            looked_up[ids] = 0
         for worker in self.workers:
-            self.dgains += worker.dgains
-            kernels.add_rows(_array(worker.tokens), worker.np.dx, _array(looked_up))
-        if self.plan.embedding_norm:
-            ones, unused = torch.ones(self.config.dim), torch.zeros(self.config.dim)
-            given, table, rms = _array(looked_up), _array(self.table), _array(self.table_rms)
-            kernels.norm_backward(given, table, rms, _array(ones), _array(self.dtable), given, _array(unused))
+            kernels.add_rows(worker.np.tokens, worker.np.dx, _array(looked_up), ids.start, ids.stop)
+        if norm:
+            given, table, rms, total = (
+                _array(each[ids]) for each in (looked_up, self.table, self.rms, self.dtable)
+            )
+            kernels.rms_backward(given, table, rms, total)
+
+
+def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros, and behind them free memory for one row more.
+
+    Compiled code asks first whether two arrays overlap, within bounds that can reach a row too far, and takes a slower
+    loop if they seem to; its sums come in another order. With that row, a step has the same bits wherever they lie.
+    """
+    return torch.zeros(math.prod(shape) + shape[-1], dtype=dtype)[: math.prod(shape)].view(shape)
+
+
+def _split(length: int, parts: int) -> list[slice]:
+    return [slice(length * i // parts, length * (i + 1) // parts) for i in range(parts)]
 
 
 class Dropout:
@@ -194,12 +219,12 @@ class _Worker:
         D, F, V, L = config.dim, config.hidden_dim, config.vocab_size, config.n_layers
         H, K, hd = config.n_heads, config.n_kv_heads, config.head_dim
         n, g, states = R * T, H // K, 2 * L + 1
-        self.grads = Weights(config, part, torch.zeros(states, D), weights.table)
+        self.grads = Weights(config, part, buffer(states, D), weights.table)
         self.dgains = self.grads.gains
         self.blocks = [(begin, min(begin + QUERIES, T)) for begin in range(0, T, QUERIES)]
 
         def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype)
+            return buffer(*shape, dtype=dtype)
 
         f32 = torch.float32
         self.tokens, self.targets = make(n, dtype=torch.int64), make(n, dtype=torch.int64)

@@ -325,9 +325,27 @@ def add_up(parts, total, more):
 
 
 @kernel
-def add_rows(tokens, rows, table):
-    """table[tokens[t]] += rows[t]: the gradient of a look-up. In order, so that the sum has the same bits each time."""
+def add_rows(tokens, rows, table, begin, end):
+    """table[tokens[t]] += rows[t] where begin ≤ tokens[t] < end: the gradient of a look-up.
+
+    In the order of t, so that a sum has the same bits whoever takes which rows of the table.
+    """
     for t in range(tokens.shape[0]):
-        out, row = table[tokens[t]], rows[t]
-        for d in range(row.shape[0]):
-            out[d] += row[d]
+        if begin <= tokens[t] < end:
+            out, row = table[tokens[t]], rows[t]
+            for d in range(row.shape[0]):
+                out[d] += row[d]
+
+
+@kernel
+def rms_backward(dy, x, rms, dx):
+    """Add to dx (n, D) what dy brings through y = x · rms, a norm without gains."""
+    n, D = x.shape
+    for t in range(n):
+        given, row, out, r = dy[t], x[t], dx[t], rms[t]
+        dot = ZERO
+        for d in range(D):
+            dot += given[d] * row[d]
+        mean = dot * r * r / np.float32(D)
+        for d in range(D):
+            out[d] += r * (given[d] - row[d] * mean)

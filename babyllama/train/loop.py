@@ -386,7 +386,7 @@ class _Training:
         gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if math.isfinite(loss) and bool(norm.isfinite()):
-            if self.plan.clip:
+            if self.plan.clip and norm > self.plan.clip:
                 torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.plan.clip, norm)
             self.optimizer.step(progress)
             self.skipped_in_a_row = 0

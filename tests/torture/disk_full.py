@@ -42,8 +42,8 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
 
 
 def used(folder: Path) -> int:
-    """Bytes that a folder takes on a file system in memory."""
-    return sum(PAGE * (1 - -path.stat().st_size // PAGE) for path in [folder, *folder.rglob("*")])
+    """Bytes that the files of a folder take on a file system in memory, where a folder itself takes none."""
+    return sum(PAGE * -(-path.stat().st_size // PAGE) for path in folder.rglob("*") if path.is_file())
 
 
 def torture(folder: Path, count: int, seed: int) -> Tally:

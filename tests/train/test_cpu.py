@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,53 @@ def test_the_same_step_gives_the_same_bits(precision):
     first, second = gradients(CPUStep, made, given), gradients(CPUStep, made, given)
     assert first[0] == second[0]
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+def neighbours(count: int) -> list[list[int]]:
+    """Orders of `count` things in which each comes right behind each other one: E. J. Williams, 1949."""
+    even = count + count % 2
+    zigzag = [-(i // 2) if i % 2 else i // 2 for i in range(even)]
+    return [[n for n in ((step + first) % even for step in zigzag) if n < count] for first in range(even)]
+
+
+def test_the_bits_do_not_depend_on_where_buffers_lie(monkeypatch):
+    config = SHAPES["shared keys"]
+    made, given = model(config), plan(config, 33, 2, embedding_norm=True, threads=1)
+
+    def bits(order, behind) -> list[tuple[int, ...]]:
+        """Put buffers side by side in this order, each with the memory behind it or without, and take a step."""
+        shapes, arena, places = [], torch.zeros(2_000_000), {}
+
+        def place(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            shapes.append((*shape, dtype.itemsize // 4))
+            if len(shapes) - 1 not in places:
+                return real(*shape, dtype=dtype)
+            begin, size = places[len(shapes) - 1], math.prod(shapes[-1])
+            return arena[begin : begin + size].view(dtype).view(shape)
+
+        at = 0
+        for number in order:
+            places[number] = at
+            shape = sizes[number]
+            at += -16 * (
+                -(math.prod(shape) + behind * shape[-2]) // 16
+            )  # torch begins at multiples of 64 bytes
+        assert at < len(arena)
+        monkeypatch.setattr(cpu, "buffer", place)
+        loss, found = gradients(CPUStep, made, given)
+        seen.append((loss, *(gradient.numpy().tobytes() for gradient in found.values())))
+        return shapes
+
+    real, seen, sizes = cpu.buffer, [], []
+    sizes = bits([], 1)
+    orders = neighbours(len(sizes))
+    assert len({pair for order in orders for pair in pairwise(order)}) >= len(sizes) * (len(sizes) - 1)
+    for order in orders:
+        bits(order, 1)
+    assert len(set(seen)) == 1
+    for order in orders:
+        bits(order, 0)
+    assert len(set(seen)) > 1, "the memory behind buffers is not needed here"
 
 
 @pytest.mark.parametrize("kind", [CPUStep, PlainStep])
