@@ -185,7 +185,7 @@ def _train(
 def _forecast(chosen: Plan, corpus: Corpus, speed: machine.Precision, used: float = 0.0) -> Forecast | None:
     if min(len(corpus.train_ids), len(corpus.val_ids)) < 64:
         return None
-    text = Text(corpus.train_bytes, len(corpus.train_ids), corpus.vocab_size)
+    text = Text(corpus.train_bytes, len(corpus.train_ids))
     hard = law.hardness(corpus.train_ids, corpus.val_ids, corpus.tokenizer.byte_lengths())
     return forecast(chosen, text, hard, speed, used)
 

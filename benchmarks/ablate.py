@@ -33,6 +33,7 @@ import json
 import math
 import os
 import queue
+import re
 import shlex
 import statistics
 import subprocess
@@ -531,9 +532,10 @@ def identity(cell: Cell, seed: int) -> Line:
 
 
 def parse_cell(text: str) -> Cell:
-    """ "NAME: key=value, key=value"."""
+    """ "NAME: key=value, key=value"; a comma inside brackets is part of a value."""
     name, _, settings = text.partition(":")
-    return Cell(name.strip(), dict(parse_setting(each) for each in settings.split(",") if each.strip()))
+    each = re.split(r",(?![^\[]*\])", settings)
+    return Cell(name.strip(), dict(parse_setting(one) for one in each if one.strip()))
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

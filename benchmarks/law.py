@@ -3,6 +3,7 @@
     python benchmarks/law.py                      run what is missing (about half an hour on two idle cores), then fit
     python benchmarks/law.py runs/tales runs/mine     these finished runs count too, and stay in law.json
     python benchmarks/law.py --fit                    fit what law.json holds, and show how well
+    python benchmarks/law.py --fresh                  forget first what it holds, as when the recipe has changed
 
 Each run of its own is one thread for some processor seconds, by the recipe but for its size; see ablate.py, which makes
 them and goes on where it was interrupted. The sizes lie around what a budget can train, so that the best is inside.
@@ -26,7 +27,7 @@ SIZES = {20.0: ("200k", "600k", "1.2M"), 60.0: ("600k", "1.2M", "3M"), 180.0: ("
 OUT = "runs/ablations"
 
 
-def own_runs() -> list[law.Run]:
+def own_runs() -> list[law.Reached]:
     """Make the runs of TEXTS and SIZES that are missing, and return all of them."""
     for text in TEXTS:
         for seconds, sizes in SIZES.items():
@@ -39,7 +40,7 @@ def own_runs() -> list[law.Run]:
         if "bits_per_byte" in line and "size" in line["settings"]:
             corpus = ablate.prepared({"text": line["text"], "data": f"{OUT}/data"}, None)
             hard.setdefault(line["text"], hardness(corpus))
-            run = law.Run(
+            run = law.Reached(
                 text=Path(line["text"]).stem,
                 hardness=hard[line["text"]],
                 parameters=line["multiplied"],
@@ -51,14 +52,14 @@ def own_runs() -> list[law.Run]:
     return found
 
 
-def finished(path: Path) -> law.Run:
+def finished(path: Path) -> law.Reached:
     """A run that babyllama train made and finished."""
     run = Run(path)
     settings: dict[str, Any] = run.settings
     plan = plan_from_json(settings["plan"])
     corpus = Corpus.open(next(p for place in settings["data"] if Corpus.stands_in(p := path / place)))
     last = next(line for line in reversed(run.metrics()) if line["event"] == "finished")
-    return law.Run(
+    return law.Reached(
         text=Path(settings["text"]).stem,
         hardness=hardness(corpus),
         parameters=multiplied(plan.model),
@@ -72,7 +73,7 @@ def hardness(corpus: Corpus) -> float:
     return law.hardness(corpus.train_ids, corpus.val_ids, corpus.tokenizer.byte_lengths())
 
 
-def table(fitted: law.Law, runs: list[law.Run]) -> str:
+def table(fitted: law.Law, runs: list[law.Reached]) -> str:
     lines = [
         "| text | hardness | parameters | times seen | measured | told | off |",
         "|---|---|---|---|---|---|---|",
@@ -92,8 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
     parser.add_argument("--fit", action="store_true", help="run nothing")
+    parser.add_argument("--fresh", action="store_true", help="forget the runs in law.json")
     given = parser.parse_args(arguments)
-    kept = law.read()[1] if law.LAW.exists() else []
+    kept = law.read()[1] if law.LAW.exists() and not given.fresh else []
     new = [finished(path) for path in given.runs] + ([] if given.fit else own_runs())
     runs = [run for run in kept if run not in new] + new
     fitted = law.fit(runs)

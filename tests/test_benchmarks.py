@@ -369,7 +369,8 @@ def test_cells_of_a_group_differ(group):
 
 
 def test_cells_from_the_command_line():
-    cell = ablate.parse_cell("two words: optimizer=muon, average=0.05, cautious=True")
-    assert cell == Cell("two words", {"optimizer": "muon", "average": 0.05, "cautious": True})
+    cell = ablate.parse_cell("two words: optimizer=muon, average=0.05, cautious=True, shape=[64, 2, 2]")
+    given = {"optimizer": "muon", "average": 0.05, "cautious": True, "shape": [64, 2, 2]}
+    assert cell == Cell("two words", given)
     with pytest.raises(SystemExit):
         ablate.parse_setting("no value")

@@ -45,9 +45,9 @@ class CPUStep:
         if plan.embedding_norm:  # what the norm makes of the table, its rows' 1 / rms, and its gradient
             embedded, self.rms = buffer(*self.table.shape), buffer(len(self.table))
             self.dembedded = buffer(*self.table.shape)
-        self.weights = Weights(self.config, self.working, self.gains, embedded)
+        self.parameters = Parameters(self.config, self.working, self.gains, embedded)
         self.workers = [
-            _Worker(self.config, plan.context, rows, self.weights, part, self.dtype)
+            _Worker(self.config, plan.context, rows, self.parameters, part, self.dtype)
             for rows, part in zip(self.rows, self.parts, strict=True)
         ]
         self.threads, self.tasks = Workers(count), range(count)
@@ -118,7 +118,7 @@ class CPUStep:
         self.working[self.slices[i]] = self.flat[self.slices[i]]
         if self.plan.embedding_norm:
             ids = self.ids[i]
-            table, embedded = self.table[ids], self.weights.table[ids]
+            table, embedded = self.table[ids], self.parameters.table[ids]
             if norm:
                 self.rms[ids] = (table.square().mean(-1) + self.config.norm_eps).rsqrt()
                 torch.mul(table, self.rms[ids, None], out=embedded)
@@ -189,7 +189,7 @@ class Dropout:
             kernels.dropout(x, first, self.keys[site], self.threshold, self.scale)
 
 
-class Weights:
+class Parameters:
     """Views of the flat weights, or of the flat gradients, as the products take them."""
 
     def __init__(self, config: Config, flat: Tensor, gains: Tensor, table: Tensor) -> None:
@@ -206,20 +206,23 @@ class Weights:
 
 
 class _Worker:
-    """Some rows, all the way. Every tensor that a kernel touches has a numpy view of the same memory in `np`."""
+    """Some rows, all the way. Every tensor that a kernel touches has a numpy view of the same memory in `np`.
+
+    R rows of T tokens, n = R · T of them. H query heads of hd numbers share K heads of keys and values, g = H / K each;
+    heads stand as (R·K, T·g, hd), the g queries of a token side by side, so that one product serves all of them.
+    Residual state 0 is the embedding, 2i + 1 follows the attention of layer i, 2i + 2 its feed-forward.
+    """
 
     def __init__(
-        self, config: Config, T: int, rows: slice, weights: Weights, part: Tensor, dtype: torch.dtype
+        self, config: Config, T: int, rows: slice, parameters: Parameters, part: Tensor, dtype: torch.dtype
     ) -> None:
         R = rows.stop - rows.start
-        self.config, self.T, self.R, self.w = config, T, R, weights
-        self.first = (
-            rows.start * T * config.dim
-        )  # numbers of the batch's residual stream before this worker's
+        self.config, self.T, self.R, self.parameters = config, T, R, parameters
+        self.first = rows.start * T * config.dim  # place in the batch of this worker's first residual number
         D, F, V, L = config.dim, config.hidden_dim, config.vocab_size, config.n_layers
         H, K, hd = config.n_heads, config.n_kv_heads, config.head_dim
         n, g, states = R * T, H // K, 2 * L + 1
-        self.grads = Weights(config, part, buffer(states, D), weights.table)
+        self.grads = Parameters(config, part, buffer(states, D), parameters.table)
         self.dgains = self.grads.gains
         self.blocks = [(begin, min(begin + QUERIES, T)) for begin in range(0, T, QUERIES)]
 
@@ -228,21 +231,24 @@ class _Worker:
 
         f32 = torch.float32
         self.tokens, self.targets = make(n, dtype=torch.int64), make(n, dtype=torch.int64)
+        # Kept until the way back: y = x · rms · gain, queries and keys rotated, attention weights by block of queries.
         self.x, self.rms = make(states, n, D, dtype=f32), make(states, n, dtype=f32)
-        self.y = make(states, n, D)  # normed
-        self.qkv = make(n, (H + 2 * K) * hd)
+        self.y = make(states, n, D)
         self.q, self.k, self.v = make(L, R * K, T * g, hd), make(L, R * K, T, hd), make(L, R * K, T, hd)
-        self.weights = [[make(R * K, (e - b) * g, e) for b, e in self.blocks] for _ in range(L)]
-        self.by_head = make(R * K, T * g, hd)
+        self.attention = [[make(R * K, (e - b) * g, e) for b, e in self.blocks] for _ in range(L)]
         self.heads = make(L, n, H * hd)
-        self.branch = make(n, D)
         self.gate_up, self.product = make(L, n, 2 * F), make(L, n, F)
+        # Used again by each layer: before rotation, heads by head, what a branch adds to the residual stream.
+        self.qkv = make(n, (H + 2 * K) * hd)
+        self.by_head = make(R * K, T * g, hd)
+        self.branch = make(n, D)
         self.logits = make(n, V)
         self.dropout = Dropout([], 0.0)
+        # Gradients, each of what is named behind the d; of gate_up, qkv and logits they take the place of the values.
         self.dx, self.dx_rounded, self.dy = make(n, D, dtype=f32), make(n, D), make(n, D)
         self.dproduct, self.dheads = make(n, F), make(n, H * hd)
         self.dq, self.dk, self.dv = make(R * K, T * g, hd), make(R * K, T, hd), make(R * K, T, hd)
-        self.dweights = [make(R * K, (e - b) * g, e) for b, e in self.blocks]
+        self.dattention = [make(R * K, (e - b) * g, e) for b, e in self.blocks]
         self.scratch = make(max(T, V), dtype=f32)
         cos, sin = rope_tables(config, torch.arange(T)[None])
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
@@ -253,7 +259,7 @@ class _Worker:
     # ---- forward -------------------------------------------------------------------------------
 
     def forward(self) -> None:
-        w, a = self.w, self.np
+        w, a = self.parameters, self.np
         torch.index_select(w.table, 0, self.tokens, out=self.x[0])
         self.dropout(a.x[0], self.first, 0)
         self.branch.zero_()
@@ -282,9 +288,9 @@ class _Worker:
         g = q.shape[1] // self.T
         for block, (begin, end) in enumerate(self.blocks):
             queries = slice(begin * g, end * g)
-            weights = self.weights[i][block]
+            weights = self.attention[i][block]
             torch.bmm(q[:, queries], k[:, :end].mT, out=weights)
-            kernels.causal_softmax(self.np.weights[i][block], begin, g, self.np.scratch)
+            kernels.causal_softmax(self.np.attention[i][block], begin, g, self.np.scratch)
             self.by_head[:, queries] = torch.bmm(weights, v[:, :end])
 
     def loss(self, scale: float) -> float:
@@ -295,7 +301,8 @@ class _Worker:
     # ---- backward ------------------------------------------------------------------------------
 
     def backward(self) -> None:
-        w, g, a = self.w, self.grads, self.np
+        """For each y = x Wᵀ of the way there: dW = dyᵀ x, into the worker's own part, and dx = dy W."""
+        w, g, a = self.parameters, self.grads, self.np
         self.dx.zero_()
         self.dgains.zero_()
         torch.mm(self.logits.t(), self.y[-1], out=g.head)
@@ -325,14 +332,16 @@ class _Worker:
         kernels.norm_backward(a.dy, a.x[i], a.rms[i], a.gains[i], a.dx, a.dx_rounded, a.dgains[i])
 
     def _attend_backward(self, i: int) -> None:
+        """With weights w = softmax(q kᵀ) and heads w v: dv = wᵀ dheads, dw = dheads vᵀ, and with the gradient of the
+        scores ds = w (dw - Σ w dw), summed over the keys: dq = ds k, dk = dsᵀ q."""
         q, k, v, dheads = self.q[i], self.k[i], self.v[i], self.by_head
         g = q.shape[1] // self.T
         for block, (begin, end) in reversed(list(enumerate(self.blocks))):
             queries = slice(begin * g, end * g)
-            weights, dweights = self.weights[i][block], self.dweights[block]
+            weights, dweights = self.attention[i][block], self.dattention[block]
             first = block == len(self.blocks) - 1  # the last block sees every key
             torch.bmm(dheads[:, queries], v[:, :end].mT, out=dweights)
-            kernels.causal_softmax_backward(self.np.weights[i][block], self.np.dweights[block], begin, g)
+            kernels.causal_softmax_backward(self.np.attention[i][block], self.np.dattention[block], begin, g)
             # The scores were computed with q · log₂ e / √hd: as dk is taken with that q, its log₂ e is taken out
             _add(self.dv[:, :end], weights.mT, dheads[:, queries], first)
             _add(self.dk[:, :end], dweights.mT, q[:, queries], first, math.log(2))
@@ -365,9 +374,9 @@ class _Arrays:
         for name, value in vars(worker).items():
             if isinstance(value, Tensor):
                 setattr(self, name, _array(value))
-            elif name in ("weights", "dweights"):
+            elif name in ("attention", "dattention"):
                 setattr(self, name, _nested(value))
-        self.gains = _array(worker.w.gains)
+        self.gains = _array(worker.parameters.gains)
 
     def __getattr__(self, name: str) -> Any:  # for type checkers: the names are those of the worker
         raise AttributeError(name)

@@ -8,6 +8,7 @@ on first use and kept on disk; no kernel holds Python's lock, so several threads
 """
 
 import math
+from contextlib import suppress
 
 import numpy as np
 from llvmlite import ir
@@ -26,9 +27,17 @@ def kernel(function):
     """Compiled on first use, and kept beside this file or in the user's cache; each time anew where neither can be."""
     options = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
     try:
-        return njit(function, cache=True, **options)
+        compiled = njit(function, cache=True, **options)
     except RuntimeError:  # numba found no folder that it may write to
         return njit(function, **options)
+    keep = compiled._cache.save_overload
+
+    def keep_if_possible(*given):
+        with suppress(OSError):  # such as a full disk
+            keep(*given)
+
+    compiled._cache.save_overload = keep_if_possible
+    return compiled
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -122,6 +131,13 @@ def sigmoid(x):
 
 
 @inlined
+def copy(source, out):
+    """As out[:] = source, several times as fast for a few numbers."""
+    for i in range(source.shape[0]):
+        out[i] = source[i]
+
+
+@inlined
 def kept(key, counter, threshold, scale):
     """What dropout multiplies this number with: 0, or `scale` = 1 / (1 - rate)."""
     return ZERO if random_bits(key, counter) < threshold else scale
@@ -188,12 +204,13 @@ def split_rotate(qkv, cos, sin, q, k, v, scale):
             else:
                 out, factor = k[row * K + h - g * K, at], ONE
             a, b = source[h * hd : h * hd + half], source[h * hd + half : (h + 1) * hd]
+            low, high = out[:half], out[half:]
             for i in range(half):
                 first, second = widen(a[i]), widen(b[i])
-                out[i] = narrow((first * c[i] - second * s[i]) * factor, out[i])
-                out[half + i] = narrow((second * c[i] + first * s[i]) * factor, out[i])
+                low[i] = narrow((first * c[i] - second * s[i]) * factor, low[i])
+                high[i] = narrow((second * c[i] + first * s[i]) * factor, high[i])
         for h in range(K):
-            v[row * K + h, at, :] = source[((g + 1) * K + h) * hd : ((g + 1) * K + h + 1) * hd]
+            copy(source[((g + 1) * K + h) * hd : ((g + 1) * K + h + 1) * hd], v[row * K + h, at])
 
 
 @kernel
@@ -211,12 +228,13 @@ def join_rotate_backward(dq, dk, dv, cos, sin, dqkv, scale):
             else:
                 source, factor = dk[row * K + h - g * K, at], ONE
             a, b = out[h * hd : h * hd + half], out[h * hd + half : (h + 1) * hd]
+            low, high = source[:half], source[half:]
             for i in range(half):
-                first, second = widen(source[i]), widen(source[half + i])
+                first, second = widen(low[i]), widen(high[i])
                 a[i] = narrow((first * c[i] + second * s[i]) * factor, a[i])
                 b[i] = narrow((second * c[i] - first * s[i]) * factor, b[i])
         for h in range(K):
-            out[((g + 1) * K + h) * hd : ((g + 1) * K + h + 1) * hd] = dv[row * K + h, at]
+            copy(dv[row * K + h, at], out[((g + 1) * K + h) * hd : ((g + 1) * K + h + 1) * hd])
 
 
 @kernel

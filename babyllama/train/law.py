@@ -30,7 +30,7 @@ WIDTH_POWER, DATA_POWER, REUSE = 0.34, 0.28, 15.0
 
 
 @dataclass(frozen=True)
-class Run:
+class Reached:
     """One run that was made by the recipe, and what it reached."""
 
     text: str
@@ -111,7 +111,7 @@ def _look_up(
 # ---- fitting -------------------------------------------------------------------------------------
 
 
-def fit(runs: Sequence[Run]) -> Law:
+def fit(runs: Sequence[Reached]) -> Law:
     """The law with the smallest relative errors; its spread comes from texts left out of the fit one after another."""
     texts = sorted({run.text for run in runs})
     whole, errors = _fit(runs), []
@@ -121,19 +121,19 @@ def fit(runs: Sequence[Run]) -> Law:
     return replace(whole, spread=float(np.sqrt(np.mean(np.square(errors)))))
 
 
-def told(run: Run, law: Law) -> float:
+def told(run: Reached, law: Law) -> float:
     return law.bits(run.hardness, run.parameters, run.text_bytes, run.epochs)
 
 
-def _fit(runs: Sequence[Run]) -> Law:
+def _fit(runs: Sequence[Reached]) -> Law:
     scale = np.array([run.hardness / run.bits_per_byte for run in runs])
     terms = [(1.0, *_terms(run.parameters, run.text_bytes, run.epochs)) for run in runs]
-    floor, width, data = map(float, _not_negative(scale[:, None] * np.array(terms))[0])
+    floor, width, data = map(float, _not_negative(scale[:, None] * np.array(terms)))
     return Law(floor, width, data, 0.0)
 
 
-def _not_negative(columns: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """Least squares for columns · x = 1 with no x below 0, and the sum of squares left over.
+def _not_negative(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least squares for columns · x = 1 with no x below 0.
 
     Where the free solution has a negative part, the best of those on fewer columns is taken.
     """
@@ -149,18 +149,18 @@ def _not_negative(columns: NDArray[np.float64]) -> tuple[NDArray[np.float64], fl
                 best[use] = x
         if least < math.inf:
             break
-    return best, least
+    return best
 
 
 # ---- law.json ------------------------------------------------------------------------------------
 
 
-def read() -> tuple[Law, list[Run]]:
+def read() -> tuple[Law, list[Reached]]:
     """The law, and the runs that it was fitted to."""
     value = json.loads(LAW.read_text(encoding="utf-8"))
-    return Law(**value["law"]), [Run(**run) for run in value["runs"]]
+    return Law(**value["law"]), [Reached(**run) for run in value["runs"]]
 
 
-def write(law: Law, runs: Sequence[Run], path: Path = LAW) -> None:
+def write(law: Law, runs: Sequence[Reached], path: Path = LAW) -> None:
     value = {"law": asdict(law), "runs": [asdict(run) for run in runs]}
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

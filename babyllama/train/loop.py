@@ -134,9 +134,12 @@ def train(
             return _Training(run, plan, corpus, tell, sample, used).run_from(step, caught)
     except (RuntimeError, MemoryError) as error:
         if "allocate" in str(error) or isinstance(error, MemoryError | torch.OutOfMemoryError):
-            rows = max(1, plan.batch_size // 2)
-            split = f"--set batch_size={rows} --set accumulation={plan.accumulation * 2}"
-            fix = f"start again with fewer rows at once:  {split}"
+            fix = "start again with a smaller --size, or with shorter rows:  --set context=" + str(
+                max(1, plan.context // 2)
+            )
+            if plan.batch_size > 1:
+                split = f"--set batch_size={plan.batch_size // 2} --set accumulation={plan.accumulation * 2}"
+                fix = f"start again with fewer rows at once:  {split}"
             raise MachineError(
                 "E404", f"step with {plan.batch_size} rows of {plan.context} tokens", str(error)[:200], fix
             ) from error
@@ -501,7 +504,9 @@ class _Training:
                 raise self._not_finite(f"{name} is not finite, so this step is not saved")
 
     def _not_finite(self, found: str, step: int | None = None) -> NumericalError:
-        fix = f"start a new run with a lower learning rate:  --set learning_rate={self.plan.learning_rate / 4:.2g}"
+        names = ("learning_rate", "embedding_rate", "head_rate", "gain_rate")
+        lower = (f"--set {name}={value / 4:.2g}" for name in names if (value := getattr(self.plan, name)))
+        fix = f"start a new run with lower learning rates:  {' '.join(lower)}"
         return NumericalError("E501", f"step {self.step if step is None else step}", found, fix)
 
     # ---- small things --------------------------------------------------------------------------

@@ -153,9 +153,10 @@ class Muon:
             updates = even_rows(updates, second)
         scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
         for weight, update in zip(batch.values(), updates, strict=True):
-            if decay:
-                decaying = agreeing(weight, update) if self.plan.cautious else weight
-                weight.sub_(decaying, alpha=rate * decay)
+            if decay and self.plan.cautious:
+                weight.addcmul_(weight, agreeing(weight, update), value=-rate * decay)
+            elif decay:
+                weight.mul_(1 - rate * decay)
             weight.sub_(update, alpha=rate * scale)
 
     def memory(self) -> Iterator[tuple[str, Tensor]]:
@@ -179,11 +180,11 @@ def gradient(weight: Tensor) -> Tensor:
 
 
 def agreeing(weight: Tensor, update: Tensor) -> Tensor:
-    """The weight where it and its update have the same sign, or one of them is 0; 0 elsewhere.
+    """1 where a weight and its update have the same sign, or one of them is 0; 0 elsewhere.
 
     To subtract the update brings such an entry nearer to 0 as it is; decay only helps. Source: [Cautious], algorithm 1.
     """
-    return weight * (weight * update >= 0)
+    return torch.mul(weight, update).ge_(0)
 
 
 # ---- AdamW ---------------------------------------------------------------------------------------
@@ -249,14 +250,7 @@ class Optimizer:
         self.adamw.step()
         for name, old in before.items():
             weight = self.weights[name]
-            weight.sub_(agreeing(old, self.adamw.state[weight]["exp_avg"]), alpha=shrinkage)
-
-    def zero_grad(self) -> None:
-        self.adamw.zero_grad()
-        if self.muon is not None:
-            for batch in self.muon.batches:
-                for weight in batch.values():
-                    weight.grad = None
+            weight.addcmul_(old, agreeing(old, self.adamw.state[weight]["exp_avg"]), value=-shrinkage)
 
     def tensors(self) -> dict[str, Tensor]:
         """All memory between steps, by parameter: "norm.weight.exp_avg", "layers.0.attention.wq.weight.momentum"."""

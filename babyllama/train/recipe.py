@@ -181,7 +181,7 @@ def plan(
 
     seconds = 0.0 if steps is not None else 60.0 * (minutes or 0)
     common = {"seed": seed, "device": device, "precision": precision, "threads": threads}
-    text = Text(text_bytes, train_tokens, vocab_size)
+    text = Text(text_bytes, train_tokens)
     plans = [
         _for_model(
             config(shape), text, seconds, steps, peak, used, {"context": context, **common, **settings}
@@ -209,7 +209,6 @@ class Text:
 
     bytes: int  # to learn from
     tokens: int
-    vocab_size: int
 
 
 def _for_model(
@@ -230,13 +229,18 @@ def _for_model(
     tokens_per_step = 2048 if steps else min(max(seen / STEPS, least), largest)
     each = settings["threads"] if settings["device"] == "cpu" else 1  # threads share the rows evenly
     rows = min(max(1, round(tokens_per_step / context / each)) * each, max(1, text.tokens // context))
-    enough = rows * context >= 0.8 * MUON_STEP * width  # rows were rounded
     chosen: dict[str, Any] = {"batch_size": rows, "embedding_norm": True}
+    asked = {"accumulation": 1, **chosen, **settings}
+    enough = (
+        asked["batch_size"] * asked["accumulation"] * context >= 0.8 * MUON_STEP * width
+    )  # rows were rounded
+    # Half of the law fitted for the OLMo models, 0.0047 · (N / 108M)^(-1/3), and at most 0.004 for the smallest
+    rate = min(0.0047 * (costs.parameters(model).total / 108e6) ** (-1 / 3) / 2, 0.004)
     if settings.get("optimizer", "muon" if enough else "adamw") == "muon":
         chosen |= {
             "optimizer": "muon",
             "learning_rate": 0.02,
-            "embedding_rate": round(0.1 * (128 / width) ** 0.5, 4),
+            "embedding_rate": round(0.1 * (128 / width) ** 0.5, 4) if asked["embedding_norm"] else rate,
             "head_rate": 0.007,
             "gain_rate": 0.006,
             "beta1": 0.8,
@@ -244,9 +248,7 @@ def _for_model(
             "clip": 0.0,
         }
     else:
-        # Half of the law fitted for the OLMo models, 0.0047 · (N / 108M)^(-1/3), and at most 0.004 for the smallest
-        rate = min(0.0047 * (costs.parameters(model).total / 108e6) ** (-1 / 3) / 2, 0.004)
-        chosen |= {"learning_rate": rate, "embedding_rate": 0.02}
+        chosen |= {"learning_rate": rate, "embedding_rate": 0.02 if asked["embedding_norm"] else rate}
     plan = Plan(model=model, seconds=seconds, steps=steps or 0, **{**chosen, **settings})
     again = math.log2(max(1.0, _epochs(plan, text, peak, used)))  # how often the passes were doubled
     care: dict[str, Any] = {

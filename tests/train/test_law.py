@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from babyllama.train import law
-from babyllama.train.law import Law, Run, hardness, worth
+from babyllama.train.law import Law, hardness, worth
 
 TRUE = Law(floor=0.55, width=0.12, data=0.2, spread=0.0)
 
@@ -78,13 +78,13 @@ def test_only_the_end_of_a_very_long_text_is_counted(monkeypatch):
 # ---- fitting -------------------------------------------------------------------------------------
 
 
-def runs(noise: float = 0.0) -> list[Run]:
+def runs(noise: float = 0.0) -> list[law.Reached]:
     chance, found = np.random.default_rng(0), []
     for text, hard, size in (("a", 2.0, 1_000_000), ("b", 2.6, 300_000), ("c", 1.7, 5_000_000)):
         for parameters in (200_000, 800_000, 3_000_000, 9_000_000):
             for epochs in (0.3, 1.0, 4.0, 16.0):
                 bits = TRUE.bits(hard, parameters, size, epochs) * math.exp(chance.normal(0, noise))
-                found.append(Run(text, hard, parameters, size, epochs, bits))
+                found.append(law.Reached(text, hard, parameters, size, epochs, bits))
     return found
 
 
@@ -96,7 +96,7 @@ def test_a_fit_finds_the_law_that_made_the_runs():
 
 def test_with_noise_it_still_tells_what_it_has_not_seen():
     found = law.fit(runs(noise=0.01))
-    unseen = Run("d", 2.2, 2_000_000, 2_000_000, 3.0, TRUE.bits(2.2, 2_000_000, 2_000_000, 3.0))
+    unseen = law.Reached("d", 2.2, 2_000_000, 2_000_000, 3.0, TRUE.bits(2.2, 2_000_000, 2_000_000, 3.0))
     assert law.told(unseen, found) == pytest.approx(unseen.bits_per_byte, rel=0.01)
     assert 0.007 < found.spread < 0.03
 
@@ -109,9 +109,9 @@ def test_the_spread_is_that_of_texts_left_out():
 
 def test_no_part_of_a_law_is_below_zero():
     inside = law._not_negative(np.array([[1.0, 1.0], [1.2, 0.8], [0.7, 1.3]]))
-    assert inside[0] == pytest.approx([0.5, 0.5]) and inside[1] == pytest.approx(0.0, abs=1e-12)
-    numbers, error = law._not_negative(np.array([[1.0, 1.0], [1.0, 2.0], [1.1, 3.0]]))
-    assert numbers[1] == 0 and numbers[0] == pytest.approx(1.0, abs=0.05) and 0 < error < 0.01
+    assert inside == pytest.approx([0.5, 0.5])
+    numbers = law._not_negative(np.array([[1.0, 1.0], [1.0, 2.0], [1.1, 3.0]]))
+    assert numbers[1] == 0 and numbers[0] == pytest.approx(1.0, abs=0.05)
 
 
 # ---- law.json ------------------------------------------------------------------------------------

@@ -457,8 +457,11 @@ def test_three_steps_that_are_not_finite_end_the_run_and_name_where_it_began(
     with pytest.raises(NumericalError) as caught:
         train(prepared, tmp_path / "run")
     assert caught.value.code == "E501" and caught.value.where == "step 13"
-    assert f"beginning at {began}" in caught.value.found and "learning_rate" in caught.value.fix
+    assert f"beginning at {began}" in caught.value.found
+    lowered = {word.partition("=")[0] for word in caught.value.fix.split() if "_rate=" in word}
     run = Run(tmp_path / "run")
+    given = {name for name, value in run.settings["plan"].items() if name.endswith("_rate") and value}
+    assert lowered == given and "learning_rate" in given
     assert run.steps() == [4, 8] and run.newest_intact() == (8, [])
 
 
@@ -645,7 +648,10 @@ def test_metrics_that_cannot_be_written_do_not_stop_training(prepared, tmp_path,
     assert train(prepared, tmp_path / "run").steps()[-1] == STEPS
 
 
-def test_memory_that_runs_out_is_said_with_a_remedy(prepared, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "remedy"), [(4, "--set batch_size=2 --set accumulation=2"), (1, "--set context=")]
+)
+def test_memory_that_runs_out_is_said_with_a_remedy(rows, remedy, prepared, tmp_path, monkeypatch):
     def out_of_memory(self, rate):
         raise RuntimeError(
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
@@ -653,8 +659,8 @@ def test_memory_that_runs_out_is_said_with_a_remedy(prepared, tmp_path, monkeypa
 
     monkeypatch.setattr(loop._Training, "take_step", out_of_memory)
     with pytest.raises(MachineError) as caught:
-        train(prepared, tmp_path / "run")
-    assert caught.value.code == "E404" and "batch_size=2" in caught.value.fix
+        train(prepared, tmp_path / "run", batch_size=rows)
+    assert caught.value.code == "E404" and remedy in caught.value.fix
 
 
 def test_changed_data_is_noticed_on_resume(texts, tmp_path):

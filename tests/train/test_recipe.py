@@ -147,7 +147,7 @@ def test_muon_moves_the_matrices_where_steps_are_large_enough_for_it():
 
 
 def test_a_forecast_by_hand():
-    text = Text(1_000_000, 300_000, 1024)
+    text = Text(1_000_000, 300_000)
     chosen = planned(minutes=2, size="1M", settings={"optimizer": "adamw"})
     told = forecast(chosen, text, 2.0)
     flops = costs.training_flops(chosen.model, chosen.context).total
@@ -161,10 +161,24 @@ def test_a_forecast_by_hand():
 
 
 def test_half_of_the_cores_are_half_as_fast():
-    text = Text(1_000_000, 300_000, 1024)
+    text = Text(1_000_000, 300_000)
     both, one = (planned(minutes=2, size="1M", settings={"threads": n, "optimizer": "adamw"}) for n in (2, 1))
     speeds = [forecast(each, text, 2.0).tokens_per_second for each in (both, one)]
     assert speeds[0] == pytest.approx(2 * speeds[1])
+
+
+def test_muon_is_chosen_by_the_rows_that_were_asked_for():
+    few, many = {"batch_size": 1}, {"batch_size": 1, "accumulation": 16}
+    assert planned(minutes=20).optimizer == planned(minutes=20, settings=many).optimizer == "muon"
+    assert planned(minutes=20, settings=few).optimizer == "adamw"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_table_without_a_norm_behind_it_moves_as_slowly_as_matrices_under_adamw(optimizer):
+    asked = {"optimizer": optimizer, "embedding_norm": False}
+    rate = planned(steps=100, size="1M", settings={"optimizer": "adamw"}).learning_rate
+    assert planned(steps=100, size="1M", settings=asked).embedding_rate == rate
+    assert planned(steps=100, size="1M", settings={"optimizer": optimizer}).embedding_rate > 4 * rate
 
 
 def test_muon_takes_its_time():
@@ -182,8 +196,7 @@ def test_muon_takes_its_time():
 def test_a_text_is_enough_for_so_many_minutes_and_more_text_for_more():
     chosen = planned(minutes=10, size="1M")
     minutes = [
-        forecast(chosen, Text(tokens * 3, tokens, 1024), 2.0).enough_minutes
-        for tokens in (10**4, 10**6, 10**8)
+        forecast(chosen, Text(tokens * 3, tokens), 2.0).enough_minutes for tokens in (10**4, 10**6, 10**8)
     ]
     assert minutes == sorted(minutes) and minutes[0] < minutes[1] < minutes[2]
 
