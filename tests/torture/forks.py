@@ -1,7 +1,7 @@
 """What the tortures share: a small text, processes that start in milliseconds, and a tally.
 
-A process that has imported everything and trained a run forks a child for each attempt. One thread, so that forks are
-safe. Needs os.fork.
+A process that has imported everything and trained a run forks a child for each attempt. Runs train in one thread: a
+child of a process with more would wait for threads that it does not have. Needs os.fork.
 """
 
 import argparse
@@ -155,7 +155,9 @@ def main(torture: Callable[[Path, int, int], Tally], count: int, description: st
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--count", type=int, default=count)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default=SETTINGS["precision"])
     given = parser.parse_args()
+    SETTINGS["precision"] = given.precision
     memory = Path("/dev/shm")  # a file system in memory: nothing here waits for a disk
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as temporary:
         try:
