@@ -135,6 +135,15 @@ def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
     return total, available if available is None else max(0, available)
 
 
+def free_memory(device: str = "cpu") -> int | None:
+    """Bytes that `device` has left for this process; None where nothing tells. MPS shares the memory of the CPU."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    return memory()[1]
+
+
 def cpu_name(root: Path = Path("/")) -> str:
     """The name its maker gave the CPU, else the architecture."""
     name = ""

@@ -446,9 +446,8 @@ def memory(plan: Plan) -> int:
 
 
 def _check_memory(plan: Plan) -> None:
-    available = machine.memory()[1]
-    needed = memory(plan)
-    if plan.device == "cpu" and available is not None and needed > MEMORY_SHARE * available:
+    available, needed = machine.free_memory(plan.device), memory(plan)
+    if available is not None and needed > MEMORY_SHARE * available:
         raise MachineError(
             "E404",
             "the plan",

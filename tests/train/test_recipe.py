@@ -5,6 +5,7 @@ import math
 from dataclasses import fields, replace
 
 import pytest
+import torch
 
 from babyllama import costs, machine
 from babyllama.errors import BabyLlamaError
@@ -429,6 +430,16 @@ def test_more_than_fits_in_memory_is_refused_and_what_fits_is_not(monkeypatch):
     planned(size="10M", steps=9, settings={"batch_size": chosen.batch_size // 4})
     monkeypatch.setattr(machine, "memory", lambda: (None, None))
     assert planned(size="10M", steps=9) == chosen, "not known is not too little"
+
+
+def test_on_a_gpu_it_is_the_memory_of_the_gpu_that_counts(monkeypatch):
+    monkeypatch.setattr(machine, "has_device", lambda device: True)
+    speed = machine.Precision("bfloat16", 1e13, 1e14)
+    asked = {"size": "10M", "steps": 9, "device": "cuda", "speed": speed}
+    for there, here, fits in ((2**40, 2**20, True), (2**20, 2**40, False)):
+        monkeypatch.setattr(machine, "memory", lambda here=here: (here, here))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, there=there: (there, there))
+        assert planned(**asked).device == "cuda" if fits else refused("E404", **asked)
 
 
 @pytest.mark.parametrize(
