@@ -20,7 +20,7 @@ SHAPES = (
     (128, 4, 4),
     (160, 4, 5),
     (192, 5, 6),
-    (256, 6, 8),
+    (256, 6, 4),
     (320, 6, 5),
     (384, 8, 6),
     (512, 8, 8),
@@ -33,6 +33,7 @@ TOKENS_PER_PARAMETER = 0.28  # that a run sees at least: a larger model is no be
 STEPS = 1200  # that a run takes, as long as they do not become too small or too large
 FEWEST_STEPS = 600  # as few as this are right if each is then large enough for Muon
 MUON_STEP = 6  # tokens of a step for each of the width of the model, from which on Muon is worth its time
+AVERAGE = 0.02  # of a run: what is so much older counts half in the average of the weights
 LARGEST_STEP = 8  # tokens of a step for each of the width: more steps learn more than larger ones
 ENOUGH = 0.005  # of the bits per byte: a gain that is not worth twice the time
 OVERHEAD = 0.05  # of a run's seconds: evaluations, samples, saves
@@ -229,7 +230,7 @@ def _for_model(
     tokens_per_step = 2048 if steps else min(max(seen / STEPS, least), largest)
     each = settings["threads"] if settings["device"] == "cpu" else 1  # threads share the rows evenly
     rows = min(max(1, round(tokens_per_step / context / each)) * each, max(1, text.tokens // context))
-    chosen: dict[str, Any] = {"batch_size": rows, "embedding_norm": True}
+    chosen: dict[str, Any] = {"batch_size": rows, "embedding_norm": True, "average": AVERAGE}
     asked = {"accumulation": 1, **chosen, **settings}
     enough = (
         asked["batch_size"] * asked["accumulation"] * context >= 0.8 * MUON_STEP * width
