@@ -151,6 +151,12 @@ def test_the_same_step_gives_the_same_bits(precision):
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
+def test_every_buffer_has_a_free_row_behind_it():
+    made = cpu.buffer(3, 4, 5, dtype=torch.bfloat16)
+    assert made.shape == (3, 4, 5) and made.dtype == torch.bfloat16 and not made.any()
+    assert made.untyped_storage().nbytes() == 2 * (3 * 4 * 5 + 5)
+
+
 def neighbours(count: int) -> list[list[int]]:
     """Orders of `count` things in which each comes right behind each other one: E. J. Williams, 1949."""
     even = count + count % 2
