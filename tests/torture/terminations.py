@@ -39,7 +39,9 @@ def torture(folder: Path, count: int, seed: int) -> Tally:
     assert fingerprint(out) == expected
     shutil.rmtree(out)
     longest = 0.0
-    tally.update({"signals while training": 0, "before it": 0, "second Ctrl-C": 0, "runs finished": 0})
+    tally.update(
+        {"signals while training": 0, "before it": 0, "after it": 0, "second Ctrl-C": 0, "runs finished": 0}
+    )
     while tally["signals while training"] < count:
         child, number = fork(train, said), chance.choice(SIGNALS)
         twice = number == signal.SIGINT and chance.random() < 0.5
@@ -68,10 +70,12 @@ def torture(folder: Path, count: int, seed: int) -> Tally:
             tally["signals while training"] += 1
             tally.expect(status == 128 + number, where)
             tally.expect(Run(out).newest_intact() == (int(saved[1].replace(",", "")), []), f"{where}: {text}")
+        elif re.search(r"^step +\d", text, re.MULTILINE):  # trained to the end, and was about to leave
+            tally["after it"] += 1
+            tally.expect(fingerprint(out) == expected, f"{where}: {text}")
         else:  # no step of this process was trained when the signal came, so none was lost
             tally["before it"] += 1
             duration *= 1.1
-            tally.expect(re.search(r"^step +\d", text, re.MULTILINE) is None, f"{where}: {text}")
         if (out / RUN_JSON).is_file() and Run(out).steps():
             tally.expect(Run(out).newest_intact()[1] == [], f"{where}: a step is not intact")
     attempt(data, out)
