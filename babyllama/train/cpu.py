@@ -24,7 +24,7 @@ from babyllama.model import Config, Llama, rope_tables
 from babyllama.train import kernels
 from babyllama.train.recipe import Plan
 from babyllama.train.step import dropout_keys
-from babyllama.train.workers import Workers
+from babyllama.train.workers import Workers, shares
 
 QUERIES = 256  # positions whose scores are computed at once: nothing is computed above the last of them
 
@@ -38,7 +38,7 @@ class CPUStep:
         self.plan = plan
         self._flatten()
         count = max(1, min(plan.threads, plan.batch_size))
-        self.rows = _split(plan.batch_size, count)
+        self.rows = shares(plan.batch_size, count)
         self.working = torch.empty(self.multiplied, dtype=self.dtype)
         self.parts = torch.empty(count, self.multiplied, dtype=self.dtype)
         embedded = self.table
@@ -51,7 +51,7 @@ class CPUStep:
             for rows, part in zip(self.rows, self.parts, strict=True)
         ]
         self.threads, self.tasks = Workers(count), range(count)
-        self.slices, self.ids = _split(self.multiplied, count), _split(self.config.vocab_size, count)
+        self.slices, self.ids = shares(self.multiplied, count), shares(self.config.vocab_size, count)
 
     def _flatten(self) -> None:
         """Move the parameters into `self.flat`; their gradients will stand in `self.gradients`, in the same order."""
@@ -170,10 +170,6 @@ def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     loop if they seem to; its sums come in another order. With that row, a step has the same bits wherever they lie.
     """
     return torch.zeros(math.prod(shape) + shape[-1], dtype=dtype)[: math.prod(shape)].view(shape)
-
-
-def _split(length: int, parts: int) -> list[slice]:
-    return [slice(length * i // parts, length * (i + 1) // parts) for i in range(parts)]
 
 
 class Dropout:

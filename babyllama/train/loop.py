@@ -134,12 +134,11 @@ def train(
             return _Training(run, plan, corpus, tell, sample, used).run_from(step, caught)
     except (RuntimeError, MemoryError) as error:
         if "allocate" in str(error) or isinstance(error, MemoryError | torch.OutOfMemoryError):
-            fix = "start again with a smaller --size, or with shorter rows:  --set context=" + str(
-                max(1, plan.context // 2)
-            )
             if plan.batch_size > 1:
                 split = f"--set batch_size={plan.batch_size // 2} --set accumulation={plan.accumulation * 2}"
                 fix = f"start again with fewer rows at once:  {split}"
+            else:
+                fix = f"start again with shorter rows:  --set context={max(1, plan.context // 2)}"
             raise MachineError(
                 "E404", f"step with {plan.batch_size} rows of {plan.context} tokens", str(error)[:200], fix
             ) from error

@@ -14,7 +14,6 @@ Sources: [AdamW] arXiv:1711.05101  [Muon] https://kellerjordan.github.io/posts/m
 
 import math
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from babyllama.model import Llama
 from babyllama.train.recipe import Plan
-from babyllama.train.workers import Workers
+from babyllama.train.workers import Workers, shares
 
 # ---- roles ---------------------------------------------------------------------------------------
 
@@ -169,9 +168,8 @@ class Muon:
 
 
 def _split(named: Weights, parts: int) -> list[Weights]:
-    names = list(named)
-    ends = [len(names) * i // parts for i in range(parts + 1)]
-    return [{name: named[name] for name in names[a:b]} for a, b in pairwise(ends) if b > a]
+    some = [list(named)[share] for share in shares(len(named), parts)]
+    return [{name: named[name] for name in names} for names in some if names]
 
 
 def gradient(weight: Tensor) -> Tensor:

@@ -232,9 +232,8 @@ def _for_model(
     rows = min(max(1, round(tokens_per_step / context / each)) * each, max(1, text.tokens // context))
     chosen: dict[str, Any] = {"batch_size": rows, "embedding_norm": True, "average": AVERAGE}
     asked = {"accumulation": 1, **chosen, **settings}
-    enough = (
-        asked["batch_size"] * asked["accumulation"] * context >= 0.8 * MUON_STEP * width
-    )  # rows were rounded
+    step = asked["batch_size"] * asked["accumulation"] * context  # tokens, of rows that were rounded
+    enough = step >= 0.8 * MUON_STEP * width
     # Half of the law fitted for the OLMo models, 0.0047 · (N / 108M)^(-1/3), and at most 0.004 for the smallest
     rate = min(0.0047 * (costs.parameters(model).total / 108e6) ** (-1 / 3) / 2, 0.004)
     if settings.get("optimizer", "muon" if enough else "adamw") == "muon":
@@ -267,9 +266,8 @@ def tokens_per_second(plan: Plan, peak: float) -> float:
     share = 0.3
     if plan.device == "cpu":
         share = 0.9 * plan.model.dim / (plan.model.dim + 102)
-        share *= plan.batch_size / (
-            math.ceil(plan.batch_size / plan.threads) * plan.threads
-        )  # rows may not be even
+        rounds = math.ceil(plan.batch_size / plan.threads)  # in the last, some threads may have no row
+        share *= plan.batch_size / (rounds * plan.threads)
     tokens = plan.tokens_per_step
     seconds = tokens * costs.training_flops(plan.model, plan.context).total / (share * peak)
     if plan.optimizer == "muon":

@@ -2,12 +2,19 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+def shares(length: int, parts: int) -> list[slice]:
+    """`parts` slices, side by side, that cover `length` things as evenly as can be; some are empty if there are few."""
+    ends = [length * i // parts for i in range(parts + 1)]
+    return [slice(begin, end) for begin, end in pairwise(ends)]
 
 
 class Workers:

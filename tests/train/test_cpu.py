@@ -160,48 +160,42 @@ def test_every_buffer_has_a_free_row_behind_it():
 def neighbours(count: int) -> list[list[int]]:
     """Orders of `count` things in which each comes right behind each other one: E. J. Williams, 1949."""
     even = count + count % 2
-    zigzag = [-(i // 2) if i % 2 else i // 2 for i in range(even)]
+    zigzag = [-(i + 1) // 2 if i % 2 else i // 2 for i in range(even)]  # 0, -1, 1, -2, 2, ...
     return [[n for n in ((step + first) % even for step in zigzag) if n < count] for first in range(even)]
 
 
 def test_the_bits_do_not_depend_on_where_buffers_lie(monkeypatch):
-    config = SHAPES["shared keys"]
+    config, real = SHAPES["shared keys"], cpu.buffer
     made, given = model(config), plan(config, 33, 2, embedding_norm=True, threads=1)
+    asked = []  # shape and type of each buffer of a step, in the order in which they are made
 
-    def bits(order, behind) -> list[tuple[int, ...]]:
-        """Put buffers side by side in this order, each with the memory behind it or without, and take a step."""
-        shapes, arena, places = [], torch.zeros(2_000_000), {}
+    def note(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        asked.append((shape, dtype))
+        return real(*shape, dtype=dtype)
 
-        def place(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            shapes.append((*shape, dtype.itemsize // 4))
-            if len(shapes) - 1 not in places:
-                return real(*shape, dtype=dtype)
-            begin, size = places[len(shapes) - 1], math.prod(shapes[-1])
-            return arena[begin : begin + size].view(dtype).view(shape)
-
-        at = 0
+    def bits(order: list[int], behind: int) -> tuple[object, ...]:
+        """Of a step with its buffers side by side in this order, each with so many free rows behind it."""
+        arena, places, end = torch.zeros(2_000_000, dtype=torch.float32), {}, 0
         for number in order:
-            places[number] = at
-            shape = sizes[number]
-            at += -16 * (
-                -(math.prod(shape) + behind * shape[-2]) // 16
-            )  # torch begins at multiples of 64 bytes
-        assert at < len(arena)
-        monkeypatch.setattr(cpu, "buffer", place)
+            shape, dtype = asked[number]
+            size, row = (dtype.itemsize // 4 * count for count in (math.prod(shape), shape[-1]))
+            places[number] = arena[end : end + size].view(dtype).view(shape)
+            end += 16 * -(-(size + behind * row) // 16)  # torch begins at multiples of 64 bytes
+        assert end < len(arena)
+        waiting = (places[number] for number in range(len(asked)))
+        monkeypatch.setattr(cpu, "buffer", lambda *shape, dtype=torch.float32: next(waiting))
         loss, found = gradients(CPUStep, made, given)
-        seen.append((loss, *(gradient.numpy().tobytes() for gradient in found.values())))
-        return shapes
+        return loss, *(gradient.numpy().tobytes() for gradient in found.values())
 
-    real, seen, sizes = cpu.buffer, [], []
-    sizes = bits([], 1)
-    orders = neighbours(len(sizes))
-    assert len({pair for order in orders for pair in pairwise(order)}) >= len(sizes) * (len(sizes) - 1)
-    for order in orders:
-        bits(order, 1)
-    assert len(set(seen)) == 1
-    for order in orders:
-        bits(order, 0)
-    assert len(set(seen)) > 1, "the memory behind buffers is not needed here"
+    monkeypatch.setattr(cpu, "buffer", note)
+    gradients(CPUStep, made, given)
+    orders = neighbours(len(asked))
+    assert all(sorted(order) == list(range(len(asked))) for order in orders)
+    assert len({pair for order in orders for pair in pairwise(order)}) == len(asked) * (len(asked) - 1)
+    expected = bits(orders[0], 1)
+    assert all(bits(order, 1) == expected for order in orders)
+    if all(bits(order, 0) == expected for order in orders):
+        pytest.skip("what is compiled for this processor has the same bits without free rows, too")
 
 
 @pytest.mark.parametrize("kind", [CPUStep, PlainStep])
