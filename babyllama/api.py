@@ -9,7 +9,7 @@ print(llama.generate("Once upon a time", max_tokens=200, temperature=0.8, top_p=
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -261,7 +261,7 @@ class LoadedLlama:
         config: Config,
         tokenizer: Tokenizer,
         model: Llama | None = None,
-        weights: dict[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self._model, self._weights = model, weights

@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from babyllama.errors import InputError, MachineError
 
@@ -170,6 +171,26 @@ def read_json(path: Path, code: str = "E206") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(code, str(path), f"holds a JSON {type(value).__name__}, expected an object", remedy)
     return value
+
+
+@contextlib.contextmanager
+def opened(path: Path, code: str) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file to read, and its bytes; what could block or never end (a pipe, a device) is not opened.
+
+    Raises InputError `code` when there is no such file, MachineError E403 when it may not be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(code, path, "is missing", "give the path of a model that is there") from None
+    except OSError as error:
+        raise refused(error, path) from error
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise InputError(code, path, "is not a file", "give the path of a file")
+    with os.fdopen(handle, "rb") as file:
+        yield file, status.st_size
 
 
 def file_sha256(path: Path) -> str:

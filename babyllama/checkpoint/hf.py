@@ -5,8 +5,7 @@ What stands in `config.json` and what tensors are called is translated by two ta
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from babyllama.checkpoint.folder import read_json
-from babyllama.errors import InputError, UsageError
+from babyllama.checkpoint.contents import Shape, Weights, compare, config_from, number, plain, shapes
+from babyllama.checkpoint.folder import opened, read_json
+from babyllama.errors import InputError
 from babyllama.model import Config, Llama, RopeScaling
 from babyllama.text.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of weights in several files: which tensor is in which
+DTYPES = ("F32", "F16", "BF16", "F64")  # that weights may be stored in
+LONGEST_HEADER = 4 * 2**20  # bytes of JSON; a Llama of 126 layers has 0.15 MB
+MOST_SHARDS = 1000
 
 CONFIG_KEYS = {  # ours: theirs
     "vocab_size": "vocab_size",
@@ -35,14 +39,6 @@ CONFIG_KEYS = {  # ours: theirs
     "tie_embeddings": "tie_word_embeddings",
 }
 NEEDED = ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "norm_eps")
-LARGEST = {
-    "vocab_size": 2**20,
-    "dim": 2**16,
-    "n_layers": 2**10,
-    "n_heads": 2**10,
-    "hidden_dim": 2**18,
-    "max_seq_len": 2**24,
-}
 
 TENSOR_NAMES = {  # ours: theirs; N is the number of the layer
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -113,9 +109,8 @@ def read_config(path: Path) -> Config:
     raw = read_json(path, code="E202")
 
     def refuse(key: str, found: str) -> InputError:
-        return InputError(
-            "E202", f"{path}, {key}", found, "use a Llama model whose config.json is complete and unchanged"
-        )
+        fix = "use a Llama model whose config.json is complete and unchanged"
+        return InputError("E202", f"{path}, {key}", found, fix)
 
     if raw.get("model_type") != "llama":
         raise refuse("model_type", f"is {raw.get('model_type')!r}, expected 'llama'")
@@ -124,17 +119,10 @@ def read_config(path: Path) -> Config:
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
             raise refuse(key, "is true, Llama has no biases")
-    values: dict[str, Any] = {}
-    for ours, theirs in CONFIG_KEYS.items():
-        value = raw.get(theirs)
-        if value is None:
-            if ours in NEEDED:
-                raise refuse(theirs, "is missing")
-            continue
-        wanted = bool if ours == "tie_embeddings" else float if ours == "norm_eps" else int
-        values[ours] = _number(value, wanted, partial(refuse, theirs))
-        if ours in LARGEST and not 0 < value <= LARGEST[ours]:
-            raise refuse(theirs, f"is {value}, expected 1 to {LARGEST[ours]:,}")
+    values = {ours: raw[theirs] for ours, theirs in CONFIG_KEYS.items() if raw.get(theirs) is not None}
+    for ours in NEEDED:
+        if ours not in values:
+            raise refuse(CONFIG_KEYS[ours], "is missing")
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(key) or {}, dict):
@@ -142,7 +130,7 @@ def read_config(path: Path) -> Config:
         rope |= raw.get(key) or {}
     theta = rope.get("rope_theta", raw.get("rope_theta"))
     if theta is not None:
-        values["rope_theta"] = _number(theta, float, lambda found: refuse("rope_theta", found))
+        values["rope_theta"] = theta
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise refuse("rope_scaling", f"is of type {kind!r}; 'linear' and 'llama3' are known")
@@ -155,7 +143,7 @@ def read_config(path: Path) -> Config:
                 "original_max_seq_len": "original_max_position_embeddings",
             }
         scaling = {
-            ours: _number(rope.get(theirs), float, partial(refuse, f"rope_scaling.{theirs}"))
+            ours: number(rope.get(theirs), float, f"rope_scaling.{theirs}", refuse)
             for ours, theirs in keys.items()
         }
         if not all(0 < value < math.inf for value in scaling.values()) or scaling.get(
@@ -165,22 +153,7 @@ def read_config(path: Path) -> Config:
         if "original_max_seq_len" in scaling:
             scaling["original_max_seq_len"] = int(scaling["original_max_seq_len"])
         values["rope_scaling"] = RopeScaling(kind=kind, **scaling)
-    try:
-        return Config(**values)
-    except UsageError as error:
-        raise refuse(CONFIG_KEYS.get(error.where, error.where), error.found) from None
-
-
-def _number(value: Any, kind: type, refuse: Callable[[str], InputError]) -> Any:
-    """`value` as a bool, int or float; whatever else JSON can hold there is refused."""
-    if kind is bool:
-        fits = isinstance(value, bool)
-    else:
-        fits = type(value) in (int, float) and abs(value) < 2**53 and (kind is float or value == int(value))
-    if not fits:
-        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise refuse(f"is {value!r:.60}, expected {expected}")
-    return kind(value)
+    return config_from(values, CONFIG_KEYS, refuse)
 
 
 def _one_or_list(tokenizer: Tokenizer) -> int | list[int]:
@@ -210,36 +183,120 @@ def model_files(config: Config, weights: Mapping[str, Tensor], tokenizer: Tokeni
     }
 
 
-def read_model(folder: Path) -> tuple[Config, dict[str, Tensor]]:
-    """The Config and the weights (float32, our names) of a Hugging Face folder.
+def read_model(folder: Path) -> tuple[Config, Weights]:
+    """The Config and the weights of a Hugging Face folder, in one safetensors file or several.
 
     Raises InputError E202 for the configuration, E203 listing every tensor that is missing, unexpected or of another
-    shape than the configuration says, E205 when a file is missing or cut short. Nothing is allocated before the shapes
-    in the file's header are known to be the configuration's.
+    shape than the configuration says, E205 when a file is missing, cut short or no safetensors file. Nothing is
+    allocated before the shapes in the files' headers are known to be the configuration's.
     """
     config = read_config(folder / "config.json")
-    with torch.device("meta"):
-        expected = {
-            name: tuple(weight.shape) for name, weight in Llama(config, seed=None).state_dict().items()
-        }
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise InputError(
-            "E205", str(path), "is missing", "point to a folder that holds config.json and model.safetensors"
-        )
+    files = _files(folder)
+    found: dict[str, tuple[Path, Shape]] = {}
+    for path in files:
+        for name, shape in _header(path).items():
+            if name in found:
+                raise _damaged(path, f"holds {plain(name)}, which {found[name][0].name} holds too")
+            found[name] = path, shape
+    where = files[0] if len(files) == 1 else folder
+    expected = {rename(name): shape for name, shape in shapes(config).items()}
+    there = {name: shape for name, (_, shape) in found.items() if not _needless(name, config)}
+    compare(there, expected, where, "config.json")
+
+    def read(name: str) -> Tensor:
+        theirs = rename(name)
+        path = found[theirs][0]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(theirs)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, f"is not a whole safetensors file ({error})") from None
+
+    for path in files:  # what the headers do not tell: that they and the files' sizes agree
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise _damaged(path, f"is not a whole safetensors file ({error})") from None
+    return config, Weights(config, read, where)
+
+
+def _needless(name: str, config: Config) -> bool:
+    """Tensors that some writers add: frequencies, which follow from the configuration, and a tied head once more."""
+    return name.endswith(".rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: model.safetensors, or those that its index names, which lie in it."""
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    places = read_json(index, code="E205").get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise _damaged(index, "has no weight_map")
+    names = list(dict.fromkeys(map(str, places.values())))
+    if len(names) > MOST_SHARDS:
+        raise _damaged(index, f"names {len(names):,} files, at most {MOST_SHARDS:,} are read")
+    for name in names:
+        if not _inside(folder, name):
+            found = f"names {plain(name)}, which is not a safetensors file of this folder"
+            raise _damaged(index, found)
+    return [folder / name for name in names]
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether a name is that of a file of the folder: no way out of it, and no link to elsewhere but to the `blobs`
+    of a cache of huggingface_hub, whose models are snapshots/REVISION with links to ../../blobs."""
+    if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        return False
+    roots = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        roots.append(roots[0].parents[1] / "blobs")
+    return (folder / name).resolve().parent in roots
+
+
+def _header(path: Path) -> dict[str, Shape]:
+    """Names and shapes of the tensors in a safetensors file, whose numbers may only be of some kinds.
+
+    Read here besides the library, which takes the last of two entries of one name, and headers of 100 MB.
+    Source: https://huggingface.co/docs/safetensors
+    """
+    with opened(path, code="E205") as (file, size):
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(LONGEST_HEADER, size - 8):
+            found = f"its header would have {length:,} bytes, its own size is {size:,}"
+            raise _damaged(path, f"is not a safetensors file ({found})")
+        raw = file.read(length)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            raise _damaged(path, "has two entries of one name in its header")
+        return value
+
     try:
-        with safe_open(path, framework="pt") as file:
-            found = {theirs: tuple(file.get_slice(theirs).get_shape()) for theirs in file.keys()}  # noqa: SIM118
-            _compare(path, found, expected)
-            weights = {name: file.get_tensor(rename(name)).float() for name in expected}
-    except SafetensorError as error:
-        raise InputError(
-            "E205",
-            str(path),
-            f"is not a whole safetensors file ({error})",
-            "copy it again, or use an older step",
-        ) from None
-    return config, weights
+        header = json.loads(raw, object_pairs_hook=once)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"has a header that is not JSON ({str(error)[:100]})") from None
+    shapes: dict[str, Shape] = {}
+    for name, entry in header.items() if isinstance(header, dict) else [("", None)]:
+        if name == "__metadata__":
+            continue
+        entry = entry if isinstance(entry, dict) else {}
+        shape = entry.get("shape")
+        if not isinstance(shape, list) or not all(type(each) is int and 0 <= each < 2**48 for each in shape):
+            raise _damaged(path, f"has no shape for {plain(name)} in its header")
+        if entry.get("dtype") not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise _damaged(path, f"holds {plain(name)} as {plain(entry.get('dtype'))}; known are {known}")
+        shapes[name] = tuple(shape)
+    return shapes
+
+
+def _damaged(path: Path, found: str) -> InputError:
+    return InputError("E205", str(path), found, "copy it again, or use an older step")
 
 
 def build(config: Config, weights: Mapping[str, Tensor]) -> Llama:
@@ -248,23 +305,3 @@ def build(config: Config, weights: Mapping[str, Tensor]) -> Llama:
         model = Llama(config, seed=None)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
-
-
-def _compare(
-    path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    wanted = {rename(name): shape for name, shape in expected.items()}
-    if "lm_head.weight" not in wanted:  # tied: some writers store the shared matrix a second time
-        found = {name: shape for name, shape in found.items() if name != "lm_head.weight"}
-    problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"{name} is not part of a Llama" for name in sorted(found.keys() - wanted.keys())]
-    problems += [
-        f"{name} has shape {found[name]}, config.json says {wanted[name]}"
-        for name in sorted(wanted.keys() & found.keys())
-        if found[name] != wanted[name]
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise InputError(
-            "E203", str(path), shown, "use the config.json and the weights of one and the same model"
-        )

@@ -1,6 +1,11 @@
 """The Hugging Face border: what we write they open, what they write we open, and what is wrong is named."""
 
 import json
+import os
+import struct
+import sys
+import time
+import tracemalloc
 
 import pytest
 import torch
@@ -8,6 +13,8 @@ from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from babyllama.checkpoint.hf import (
+    INDEX,
+    LONGEST_HEADER,
     TENSOR_NAMES,
     THEIRS_TO_OURS,
     build,
@@ -218,3 +225,221 @@ def test_half_precision_weights_are_read_as_float32(tmp_path, tokenizer):
         weights[name].dtype == torch.float32 and torch.equal(weights[name], half[name].float())
         for name in half
     )
+
+
+# ---- weights in several files
+
+
+def test_sharded_weights_of_transformers_are_read(tmp_path):
+    sizes = {"vocab_size": 90, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3}
+    theirs = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=6, num_key_value_heads=2)).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    ours = build(*read_model(tmp_path))
+    ids = torch.randint(0, 90, (2, 50), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (ours(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.fixture
+def sharded(tmp_path, tokenizer):
+    """A folder whose weights are in two files, and what its index says."""
+    ours = make(tokenizer, n_heads=6)
+    files = model_files(ours.config, ours.state_dict(), tokenizer)
+    tensors = load(files.pop("model.safetensors"))
+    names = sorted(tensors)
+    places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    folder = put(tmp_path / "model", files)
+    for place in set(places.values()):
+        (folder / place).write_bytes(save({name: tensors[name] for name in names if places[name] == place}))
+    write_index(folder, places)
+    return folder, places
+
+
+def write_index(folder, places):
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+
+
+@pytest.fixture
+def files_opened():
+    """Every path that is opened while the test runs."""
+    found, listening = [], [True]
+
+    def hear(event, given):
+        if listening and event == "open":
+            found.append(str(given[0]))
+
+    sys.addaudithook(hear)  # which cannot be taken away again
+    yield found
+    listening.clear()
+
+
+PATHS = ("absolute", "above", "backslash", "subfolder", "number", "none", "pickle", "pipe", "missing", "link")
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_no_path_in_an_index_leaves_the_folder(tmp_path, sharded, files_opened, kind):
+    folder, places = sharded
+    first = sorted(set(places.values()))[0]
+    outside = tmp_path / "outside.safetensors"
+    (folder / first).rename(outside)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "a.safetensors").write_bytes(outside.read_bytes())
+    names = {
+        "absolute": str(outside),
+        "above": "../outside.safetensors",
+        "backslash": "..\\outside.safetensors",
+        "subfolder": "sub/a.safetensors",
+        "number": 7,
+        "none": None,
+        "pickle": "weights.bin",
+    }
+    if kind in names:
+        write_index(
+            folder, {name: names[kind] if place == first else place for name, place in places.items()}
+        )
+    elif kind == "pipe":
+        os.mkfifo(folder / first)
+    elif kind == "link":
+        (folder / first).symlink_to(outside)
+    files_opened.clear()
+    with pytest.raises(InputError) as caught:
+        read_model(folder)
+    assert caught.value.code == "E205"
+    assert not [path for path in files_opened if path.endswith("outside.safetensors") or "sub" in path]
+
+
+def test_a_link_within_a_cache_of_models_is_followed(tmp_path, sharded):
+    """As huggingface_hub lays them out: snapshots/REVISION/file is a link to ../../blobs/HASH."""
+    folder, places = sharded
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots").mkdir()
+    for number, place in enumerate(sorted(set(places.values()))):
+        (folder / place).rename(tmp_path / "blobs" / str(number))
+        (folder / place).symlink_to(f"../../blobs/{number}")
+    folder.rename(tmp_path / "snapshots" / "revision")
+    assert len(dict(read_model(tmp_path / "snapshots" / "revision")[1])) == 21
+
+
+def test_an_index_that_contradicts_its_files_is_refused(sharded):
+    folder, places = sharded
+    first, second = sorted(set(places.values()))
+    (folder / second).write_bytes((folder / first).read_bytes())
+    with pytest.raises(InputError) as caught:
+        read_model(folder)
+    assert caught.value.code == "E205"
+    assert "holds too" in caught.value.found
+    for content in (
+        {},
+        {"weight_map": []},
+        {"weight_map": {}},
+        {"weight_map": {str(i): f"{i}.safetensors" for i in range(2000)}},
+    ):
+        (folder / INDEX).write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(InputError) as caught:
+            read_model(folder)
+        assert caught.value.code == "E205"
+
+
+# ---- headers that lie
+
+
+def safetensors(header, data=b"", length=None):
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw) if length is None else length) + raw + data
+
+
+def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+A = entry()
+HEADERS = {
+    "nothing": b"",
+    "length 0": safetensors(b"", length=0),
+    "length 1": safetensors(b"{", length=1),
+    "longer than the file": safetensors({"a": A}, b"\0" * 8, length=10**6),
+    "length 2^63": safetensors({"a": A}, b"\0" * 8, length=2**63),
+    "99 MB in a file of 10 bytes": struct.pack("<Q", 99 * 10**6) + b"{}",
+    "longer than any": struct.pack("<Q", LONGEST_HEADER + 1) + b" " * (LONGEST_HEADER + 1),
+    "not UTF-8": safetensors(b'{"\xff": 1}'),
+    "not JSON": safetensors(b"{nothing}"),
+    "an array": safetensors(b"[1, 2]"),
+    "nested too deep": safetensors(b'{"a":' * 10**5),
+    "a space in front": safetensors(b" " + json.dumps({"a": A}).encode(), b"\0" * 8),
+    "two entries of one name": safetensors(
+        b'{"a": %s, "a": %s}' % ((json.dumps(A).encode(),) * 2), b"\0" * 8
+    ),
+    "overlapping": safetensors({"a": A, "b": entry(offsets=(4, 12))}, b"\0" * 12),
+    "a hole": safetensors({"a": A, "b": entry(offsets=(12, 20))}, b"\0" * 20),
+    "bytes behind the last": safetensors({"a": A}, b"\0" * 9),
+    "negative offsets": safetensors({"a": entry(offsets=(-8, 0))}, b"\0" * 8),
+    "offsets the wrong way": safetensors({"a": entry(offsets=(8, 0))}, b"\0" * 8),
+    "a negative axis": safetensors({"a": entry(shape=(-2,))}, b"\0" * 8),
+    "axes that overflow": safetensors({"a": entry(shape=(2**40, 2**40))}, b"\0" * 8),
+    "a thousand axes": safetensors({"a": entry(shape=(1,) * 1000)}, b"\0" * 8),
+    "numbers that need more bytes": safetensors({"a": entry(shape=(2**30,))}, b"\0" * 8),
+    "an axis of half a number": safetensors({"a": entry(shape=(1.5,))}, b"\0" * 8),
+    "no shape": safetensors({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, b"\0" * 8),
+    "an unknown kind": safetensors({"a": entry(dtype="F31")}, b"\0" * 8),
+    "whole numbers": safetensors({"a": entry(dtype="I32")}, b"\0" * 8),
+    "a million empty tensors": safetensors({str(i): entry((0,), (0, 0)) for i in range(10**5)}),
+}
+
+
+@pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS.keys())
+def test_a_hostile_header_is_refused_at_once_and_in_little_memory(tmp_path, content):
+    config = config_json(Config(vocab_size=9, dim=8, n_layers=1, n_heads=2))
+    put(tmp_path, {"config.json": json.dumps(config).encode(), "model.safetensors": content})
+    tracemalloc.start()
+    began = time.perf_counter()
+    with pytest.raises(InputError) as caught:
+        read_model(tmp_path)
+    assert time.perf_counter() - began < 1
+    assert tracemalloc.get_traced_memory()[1] < 2 * len(content) + 2**26
+    tracemalloc.stop()
+    assert caught.value.code in ("E203", "E205")
+
+
+def test_a_name_from_a_file_cannot_write_on_the_terminal(tmp_path, tokenizer):
+    ours = make(tokenizer, n_heads=6)
+    files = model_files(ours.config, ours.state_dict(), tokenizer)
+    tensors = load(files["model.safetensors"])
+    name = "\x1b[31mred\u202e" + "a" * 10**5
+    put(tmp_path, {**files, "model.safetensors": save({**tensors, name: torch.ones(1)})})
+    with pytest.raises(InputError) as caught:
+        read_model(tmp_path)
+    assert "\\x1b[31mred\\u202e" in caught.value.found
+    assert len(caught.value.found) < 500
+
+
+def test_sizes_beyond_all_memory_are_refused_without_asking_for_it(tmp_path, tokenizer):
+    ours = make(tokenizer, n_heads=6)
+    files = model_files(ours.config, ours.state_dict(), tokenizer)
+    large = {
+        "vocab_size": 2**20,
+        "hidden_size": 6 * 2**13,
+        "intermediate_size": 2**18,
+        "num_hidden_layers": 1024,
+    }
+    config = {**json.loads(files["config.json"]), **large}
+    put(tmp_path, {**files, "config.json": json.dumps(config).encode()})
+    tracemalloc.start()
+    with pytest.raises(InputError) as caught:
+        read_model(tmp_path)
+    assert caught.value.code == "E203"
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_numbers_that_are_not_finite_are_refused_with_their_place(tmp_path, tokenizer):
+    ours = make(tokenizer, n_heads=6)
+    ours.norm.weight.data[3] = torch.inf
+    put(tmp_path, model_files(ours.config, ours.state_dict(), tokenizer))
+    _, weights = read_model(tmp_path)
+    assert len(weights["tok_embeddings.weight"]) == ours.config.vocab_size
+    with pytest.raises(InputError) as caught:
+        build(ours.config, weights)
+    assert caught.value.code == "E211"
+    assert "norm.weight holds 1 numbers" in caught.value.found

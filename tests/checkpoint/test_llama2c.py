@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from babyllama.checkpoint.llama2c import read_llama2c
-from babyllama.errors import InputError
-from babyllama.model import Config, Llama
+from babyllama.checkpoint.llama2c import VERSIONS, llama2c_parts, read_llama2c
+from babyllama.errors import InputError, UsageError
+from babyllama.model import Config, Llama, RopeScaling
 
 Weights = dict[str, np.ndarray]
 HEADER = dict(dim=24, hidden_dim=20, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=-13, max_seq_len=9)
@@ -195,7 +195,7 @@ def test_huge_sizes_are_refused_without_making_room_for_them(tmp_path: Path, nam
     refusal(tmp_path / "model.bin", struct.pack("<7i", *huge.values()) + b"\0" * 1000)
 
 
-@pytest.mark.parametrize("version", [1, 2, 77])
+@pytest.mark.parametrize("version", [0, 3, 77])
 def test_other_versions_are_named_as_not_supported(tmp_path: Path, version: int) -> None:
     content = struct.pack("<Ii", 0x616B3432, version) + b"\0" * 500
     assert f"version {version} of llama2.c's format is not supported" in refusal(
@@ -215,3 +215,103 @@ def test_a_folder_or_nothing_at_the_path_is_an_input_error(tmp_path: Path) -> No
         with pytest.raises(InputError) as caught:
             read_llama2c(path)
         assert caught.value.code == "E201"
+
+
+# ---- writing
+
+
+def model(**shape: Any) -> Llama:
+    config = Config(**{**dict(vocab_size=40, dim=48, n_layers=2, n_heads=6, max_seq_len=32), **shape})
+    llama = Llama(config, seed=1).eval()
+    generator = torch.Generator().manual_seed(0)
+    for weight in llama.parameters():
+        weight.data.normal_(0, 0.3, generator=generator)
+    return llama
+
+
+def put(path: Path, llama: Llama, version: int) -> Path:
+    path.write_bytes(b"".join(llama2c_parts(llama.config, llama.state_dict(), version)))
+    return path
+
+
+SHAPES = ({}, {"n_kv_heads": 2}, {"tie_embeddings": True}, {"n_heads": 3, "n_kv_heads": 1, "hidden_dim": 100})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("version", [0, 1])
+def test_what_is_written_is_read_again_to_the_bit(
+    tmp_path: Path, version: int, shape: dict[str, Any]
+) -> None:
+    llama = model(**shape)
+    config, weights = read_llama2c(put(tmp_path / "model.bin", llama, version))
+    assert config == llama.config
+    assert weights.keys() == llama.state_dict().keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in llama.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_file_of_version_0_is_what_a_second_hand_computes_with(
+    tmp_path: Path, shape: dict[str, Any]
+) -> None:
+    llama = model(**shape)
+    data = put(tmp_path / "model.bin", llama, 0).read_bytes()
+    names = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
+    header = dict(zip(names, struct.unpack("<7i", data[:28]), strict=True))
+    at, weights = 28, {}
+    for name, sizes in in_order(header).items():
+        weights[name] = np.frombuffer(data, "<f4", int(np.prod(sizes)), at).reshape(sizes)
+        at += weights[name].nbytes
+    assert at == len(data)
+    tokens = [1, 5, 39, 7, 7, 0, 12]
+    expected = logits_by_hand(header, weights, tokens)
+    with torch.no_grad():
+        found = llama(torch.tensor([tokens]))[0].numpy()
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, {"dim": 64, "hidden_dim": 192, "n_heads": 4}])
+def test_version_2_keeps_a_byte_for_each_number(tmp_path: Path, shape: dict[str, Any]) -> None:
+    llama = model(**shape)
+    path = put(tmp_path / "model.bin", llama, 2)
+    config, weights = read_llama2c(path)
+    assert config == llama.config
+    for name, weight in llama.state_dict().items():
+        error = (weights[name] - weight).abs().max()
+        assert error == 0 if weight.dim() == 1 else 0 < error <= weight.abs().max() / 253
+    assert path.stat().st_size < 4 * sum(weight.numel() for weight in llama.parameters()) * 0.6
+
+
+def test_groups_of_version_2_divide_every_row(tmp_path: Path) -> None:
+    for dim, hidden, group in ((64, 192, 64), (48, 96, 16), (96, 100, 4), (48, 101, 1)):
+        data = put(tmp_path / "model.bin", model(dim=dim, hidden_dim=hidden, n_heads=2), 2).read_bytes()
+        assert struct.unpack_from("<i", data, 37) == (group,)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_byte_more_or_less_is_refused(tmp_path: Path, version: int) -> None:
+    data = put(tmp_path / "model.bin", model(), version).read_bytes()
+    for content in (data[:-1], data + b"\0", data[:100], data[:30]):
+        assert f"{len(content)} bytes" in refusal(tmp_path / "other.bin", content)
+
+
+def test_what_the_format_has_no_place_for_is_refused_with_the_reason() -> None:
+    shapes: dict[str, dict[str, Any]] = {
+        "rope_theta 500000": {"rope_theta": 5e5},
+        "norm_eps 1e-06": {"norm_eps": 1e-6},
+        "scaling of RoPE": {"rope_scaling": RopeScaling(kind="llama3", factor=8.0)},
+        "heads of another width": {"head_dim": 12},
+    }
+    for reason, shape in shapes.items():
+        llama = model(**shape)
+        with pytest.raises(UsageError) as caught:
+            next(llama2c_parts(llama.config, llama.state_dict()))
+        assert caught.value.code == "E105"
+        assert reason in caught.value.found
+    with pytest.raises(UsageError) as caught:
+        next(llama2c_parts(model().config, model().state_dict(), 3))
+    assert caught.value.code == "E102"
+
+
+def test_the_published_file_comes_back_byte_for_byte(fixture_file: Callable[[str], Path]) -> None:
+    path = fixture_file("stories260K.bin")
+    assert b"".join(llama2c_parts(*read_llama2c(path))) == path.read_bytes()
