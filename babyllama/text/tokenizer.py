@@ -12,20 +12,28 @@ read as UTF-8. Decoding, streaming and counting bits per byte all rest on that o
 
 import hashlib
 import json
-import math
 import re
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Core
 
 from babyllama.errors import InputError
+from babyllama.text.layout import Layout, parse, read_layout
+from babyllama.text.vocabularies import (
+    BOS,
+    EOS,
+    LLAMA_3,
+    LLAMA_3_1,
+    LLAMA_3_WORDS,
+    broken,
+    from_llama2c,
+    from_sentencepiece,
+    from_tiktoken,
+    letters_of_bytes,
+)
 
-BOS = "<|begin_of_text|>"
-EOS = "<|end_of_text|>"
 SPECIALS = (
     BOS,
     EOS,
@@ -35,22 +43,14 @@ SPECIALS = (
 )  # the first ids, in this order
 SMALLEST_VOCAB = 256 + len(SPECIALS)
 
-# The split of Llama 3: merges never cross these borders. llama.cpp knows such a vocabulary as `llama-bpe`.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
 BOS_NAMES = (BOS, "<s>", "<|startoftext|>", "<|im_start|>")
 EOS_NAMES = (EOS, "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")
 
-LARGEST_FILE = 64 * 2**20  # bytes; the tokenizer.json of Llama 3 has 9 MB
-LARGEST_LLAMA2C = 8 * 2**20  # bytes; Llama 2's has 0.4 MB
-LONGEST_PIECE = 256  # bytes of one token of a llama2.c file
-LARGEST_VOCAB = 2**20
+LARGEST_FILE = 32 * 2**20  # bytes; the tokenizer.json of Llama 3 has 9 or 17 MB
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CONFIGS = (*FILES[1:], "generation_config.json")
+IN_A_FOLDER = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
 
 
 class Tokenizer:
@@ -68,27 +68,20 @@ class Tokenizer:
     def __init__(self, files: Mapping[str, bytes], where: object = "tokenizer.json") -> None:
         """From the contents of tokenizer.json and, if there, of the files named in `CONFIGS`. Raises E310."""
         data = files["tokenizer.json"]
-        layout = _parse(data, where)
-        core = _core(data, where)
-        self._core = core
+        layout = read_layout(data, where)
+        to_bytes = _token_reader(layout, where)
+        vocab, added = layout.vocab, layout.added
+        self.vocab_size = len(vocab)
+        self.special_ids = frozenset(id for id, special in added.items() if special)
+        self._pieces = [b""] * self.vocab_size
+        for token, id in vocab.items():
+            if id not in self.special_ids:
+                self._pieces[id] = token.encode() if id in added else to_bytes(token)
+        self.bos_id, self.eos_id, self.eos_ids = _ends(files, vocab, self.vocab_size, where)
+
         self._files = {name: files[name] for name in FILES if name in files}
         self.sha256 = hashlib.sha256(data).hexdigest()
-
-        vocab = core.get_vocab(with_added_tokens=True)
-        added = core.get_added_tokens_decoder()
-        self.vocab_size = max(vocab.values(), default=-1) + 1
-        if not 0 < self.vocab_size <= LARGEST_VOCAB:
-            _broken(where, f"has {self.vocab_size} ids, expected 1 to {LARGEST_VOCAB}")
-        self.special_ids = frozenset(id for id, token in added.items() if token.special)
-
-        self._pieces = [b""] * self.vocab_size
-        to_bytes = _token_reader(core, layout, where)
-        for token, id in vocab.items():
-            self._pieces[id] = token.encode() if id in added else to_bytes(token)
-        for id in self.special_ids:
-            self._pieces[id] = b""
-
-        self.bos_id, self.eos_id, self.eos_ids = _ends(files, vocab, self.vocab_size, where)
+        self._core = core = _core(data, layout, where)
         # SentencePiece puts a space before every text, so that a word has one form wherever it stands.
         first = core.encode("a", add_special_tokens=False).ids[:1]
         self._prefixes_space = any(self._pieces[id].startswith(b" ") for id in first)
@@ -112,7 +105,7 @@ class Tokenizer:
         core = Core(models.BPE(ignore_merges=True))
         core.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(WORDS), "isolated"),
+                pre_tokenizers.Split(Regex(LLAMA_3_WORDS), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
@@ -138,22 +131,23 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """A tokenizer.json, a folder that holds one, or the tokenizer.bin of llama2.c; told apart by content.
+        """A tokenizer.json, a tokenizer.model of SentencePiece or Llama 3, or the tokenizer.bin of llama2.c.
 
-        bos and eos come from tokenizer_config.json and generation_config.json beside it, else from the names
-        that are usual. Raises InputError E310.
+        They are told apart by content. In a folder, the first of `IN_A_FOLDER` that is there. BOS and EOS are those
+        that the file names, or tokenizer_config.json and generation_config.json beside a tokenizer.json, else those
+        of usual names. Raises InputError E310.
         """
         path = Path(path)
         if path.is_dir():
-            names = [name for name in ("tokenizer.json", "tokenizer.bin") if (path / name).is_file()]
+            names = [name for name in IN_A_FOLDER if (path / name).is_file()]
             if not names:
-                _broken(path, "holds no tokenizer.json")
+                broken(path, f"holds none of {', '.join(IN_A_FOLDER)}")
             path /= names[0]
         data = _read(path)
-        if data.lstrip()[:1] != b"{":
-            return cls({"tokenizer.json": _from_llama2c(data, path)}, path)
-        beside = {name: _read(path.with_name(name)) for name in CONFIGS if path.with_name(name).is_file()}
-        return cls({**beside, "tokenizer.json": data}, path)
+        files = _files_of(data, path)
+        if files.keys() == {"tokenizer.json"} and files["tokenizer.json"] is data:
+            files |= {name: _read(path.with_name(name)) for name in CONFIGS if path.with_name(name).is_file()}
+        return cls(files, path)
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of text; the names of control tokens inside it are ordinary characters. Raises E302."""
@@ -242,65 +236,91 @@ def _dump(value: object) -> bytes:
 # Reading files, which may hold anything.
 
 
-def _broken(where: object, found: str) -> NoReturn:
-    raise InputError(
-        "E310",
-        where,
-        found,
-        "give the tokenizer.json of a byte-level or SentencePiece BPE, or the tokenizer.bin of llama2.c; "
-        "transformers writes the first from most forms:  AutoTokenizer.from_pretrained(A).save_pretrained(B)",
-    )
-
-
 def _read(path: Path) -> bytes:
     """The whole file, if it is a regular one of at most LARGEST_FILE bytes."""
     try:
         if not path.is_file():
-            _broken(path, "is not a file")
+            broken(path, "is not a file")
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE + 1)
     except OSError as error:
-        _broken(path, f"cannot be read: {error.strerror}")
+        broken(path, f"cannot be read: {error.strerror}")
     if len(data) > LARGEST_FILE:
-        _broken(path, f"is larger than {LARGEST_FILE} bytes")
+        broken(path, f"is larger than {LARGEST_FILE} bytes")
     return data
 
 
-def _parse(data: bytes, where: object) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-        _broken(where, f"is not JSON ({error})")
-    if not isinstance(value, dict):
-        _broken(where, "is not a JSON object")
-    return value
+def _files_of(data: bytes, path: Path) -> dict[str, bytes]:
+    """The files of the tokenizer that data describes, whatever the file is called."""
+    start = data[:1000].lstrip().lower()
+    if not start:
+        broken(path, "is empty")
+    if start.startswith(b"version https://git-lfs"):
+        broken(
+            path,
+            "is a pointer of Git LFS, not the file itself",
+            "fetch the file it stands for:  git lfs pull",
+        )
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        broken(
+            path, "is a web page, perhaps one that says why the download failed", "download the file itself"
+        )
+    if start.startswith(b"gguf"):
+        broken(
+            path, "is a GGUF, which carries its tokenizer itself", "give it as the model, without --tokenizer"
+        )
+    if data[2:4] == b"\0\0":  # the length of the longest piece, far below 65,536
+        return from_llama2c(data, path)
+    if start.startswith(b"{"):
+        return {"tokenizer.json": data}
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\s", data[:1000]):
+        return from_tiktoken(data, path, _names_of_llama_3(path))
+    if data.startswith(b"\x0a"):
+        return from_sentencepiece(data, path)
+    broken(path, "is neither JSON nor SentencePiece, nor ranks in base64, nor a tokenizer of llama2.c")
 
 
-def _core(data: bytes, where: object) -> Core:
+def _names_of_llama_3(path: Path) -> tuple[str, ...]:
+    """Llama 3 and 3.1 have one file of ranks. Meta's params.json beside it tells which it is; else it is the later."""
+    beside = path.with_name("params.json")
+    if not beside.is_file():
+        return LLAMA_3_1
+    return LLAMA_3_1 if parse(_read(beside), beside).get("use_scaled_rope") else LLAMA_3
+
+
+def _core(data: bytes, layout: Layout, where: object) -> Core:
     try:
-        core = Core.from_str(data.decode())
+        # First without vocabulary and merges: what is wrong elsewhere is then found with little memory.
+        Core.from_str(json.dumps(layout.parts))
+        core = Core.from_buffer(data)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the library's Rust side is no Exception
-        _broken(where, f"is not a tokenizer ({str(error)[:200]})")
+        broken(where, f"is not a tokenizer ({str(error)[:200]})")
     core.no_truncation()
     core.no_padding()
     core.encode_special_tokens = True  # what a user types is text, even if it looks like <|eot_id|>
+    names = {id: token for token, id in layout.vocab.items() if id in layout.added}
+    for id, token in names.items():
+        if core.token_to_id(token) != id:
+            broken(where, f"added token {token!r} has id {id}, but gets {core.token_to_id(token)}")
+    control = [token for id, token in names.items() if layout.added[id]]
+    for token, encoding in zip(control, core.encode_batch(control, add_special_tokens=False), strict=True):
+        if any(layout.added.get(id) for id in encoding.ids):
+            broken(where, f"a text that holds {token!r} would be encoded as a control token")
     return core
 
 
-def _token_reader(core: Core, layout: dict[str, Any], where: object) -> Callable[[str], bytes]:
+def _token_reader(layout: Layout, where: object) -> Callable[[str], bytes]:
     """The function from a token, as the file spells it, to its bytes."""
-    if not isinstance(core.model, models.BPE):
-        _broken(where, f"is a {type(core.model).__name__} vocabulary, expected BPE")
-    decoder = json.dumps(layout.get("decoder"), ensure_ascii=False)
-    if '"ByteLevel"' in decoder or '"ByteLevel"' in json.dumps(layout.get("pre_tokenizer")):
-        byte_of = _bytes_of_letters()
+    decoder = json.dumps(layout.parts.get("decoder"), ensure_ascii=False)
+    if '"ByteLevel"' in decoder or '"ByteLevel"' in json.dumps(layout.parts.get("pre_tokenizer")):
+        byte_of = {letter: byte for byte, letter in enumerate(letters_of_bytes())}
         return lambda token: (
             bytes(byte_of[c] for c in token) if byte_of.keys() >= set(token) else token.encode()
         )
-    if not core.model.byte_fallback:
-        _broken(where, "is neither byte-level nor has byte fallback, so that not every text can be encoded")
+    if not layout.model.get("byte_fallback"):
+        broken(where, "is neither byte-level nor has byte fallback, so that not every text can be encoded")
     space = "▁" if "▁" in decoder or "Metaspace" in decoder else " "
 
     def to_bytes(token: str) -> bytes:
@@ -309,16 +329,6 @@ def _token_reader(core: Core, layout: dict[str, Any], where: object) -> Callable
         return token.replace(space, " ").encode()
 
     return to_bytes
-
-
-def _bytes_of_letters() -> dict[str, int]:
-    """Byte-level BPE writes each byte as a printable letter: itself, or the next free one from U+0100 on.
-
-    Source: [GPT-2] encoder.py, bytes_to_unicode.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def _ends(
@@ -339,68 +349,15 @@ def _ends(
 
     for name in ("generation_config.json", "tokenizer_config.json"):
         if name in files:
-            config = _parse(files[name], name)
+            config = parse(files[name], name)
             begins += [*ids_in(config.get("bos_token_id")), *id_named(config.get("bos_token"))]
             stops += [*ids_in(config.get("eos_token_id")), *id_named(config.get("eos_token"))]
     # transformers writes the ids 1 and 2 for a model whose maker named none: the tokenizer's own BOS goes first
     if "tokenizer_config.json" in files:
-        named = _parse(files["tokenizer_config.json"], "tokenizer_config.json").get("bos_token")
+        named = parse(files["tokenizer_config.json"], "tokenizer_config.json").get("bos_token")
         begins = [*id_named(named), *begins]
     stops = stops or [vocab[name] for name in EOS_NAMES if name in vocab][:1]
     begins = begins or [vocab[name] for name in BOS_NAMES if name in vocab][:1] or stops[:1]
     if not stops:
-        _broken(where, "names no token that ends a text (eos_token in a tokenizer_config.json beside it)")
+        broken(where, "names no token that ends a text (eos_token in a tokenizer_config.json beside it)")
     return begins[0], stops[0], frozenset(stops)
-
-
-def _from_llama2c(data: bytes, where: object) -> bytes:
-    """The tokenizer.json that does what run.c does with this tokenizer.bin.
-
-    The file: int32 length of the longest piece, then float32 score, int32 length and bytes of each piece, in
-    the order of the ids: <unk>, BOS, EOS, 256 bytes, then the rest. run.c joins, again and again, the two
-    neighbours whose union has the best score; so every way to make a piece of two is a merge, best first.
-
-    Source: [llama2.c] tokenizer.py, run.c.
-    """
-    pieces: list[str] = []
-    scores: list[float] = []
-    if len(data) > LARGEST_LLAMA2C or len(data) < 4:
-        _broken(where, f"has {len(data)} bytes: neither JSON nor a tokenizer.bin of llama2.c")
-    (longest,) = struct.unpack_from("<i", data)
-    at = 4
-    while at < len(data):
-        if at + 8 > len(data):
-            _broken(where, f"is cut short at byte {at}, after {len(pieces)} tokens")
-        score, length = struct.unpack_from("<fi", data, at)
-        at += 8
-        if not (0 < length <= min(longest, LONGEST_PIECE, len(data) - at) and math.isfinite(score)):
-            _broken(
-                where,
-                f"token {len(pieces)} at byte {at} has length {length}: not a llama2.c tokenizer, or cut",
-            )
-        try:
-            pieces.append(data[at : at + length].decode())
-        except UnicodeDecodeError:
-            _broken(where, f"token {len(pieces)} at byte {at} is not UTF-8")
-        scores.append(score)
-        at += length
-    if pieces[3:259] != [f"<0x{byte:02X}>" for byte in range(256)]:
-        _broken(where, "tokens 3 to 258 are not the 256 bytes of a llama2.c tokenizer")
-    pieces[:3] = ["<unk>", "<s>", "</s>"]  # the file writes the last two with line ends around them
-    vocab = {piece: id for id, piece in enumerate(pieces)}
-    if len(vocab) < len(pieces):
-        _broken(where, f"{len(pieces) - len(vocab)} tokens occur twice")
-
-    joinable = set(pieces[259:])
-    merges = [
-        (piece[:cut], piece[cut:])
-        for id, piece in sorted(enumerate(pieces[259:], 259), key=lambda pair: (-scores[pair[0]], pair[0]))
-        for cut in range(1, len(piece))
-        if piece[:cut] in joinable and piece[cut:] in joinable
-    ]
-    core = Core(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    core.add_special_tokens(pieces[:3])
-    core.normalizer = normalizers.Prepend(" ")
-    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    core.post_processor = _one_bos("<s>", 1)
-    return core.to_str().encode()
