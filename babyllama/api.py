@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from babyllama import machine
-from babyllama.checkpoint.hf import build, read_config, read_model
-from babyllama.checkpoint.llama2c import read_llama2c
+from babyllama.checkpoint.hf import build, read_config
+from babyllama.checkpoint.open import FIX, open_llama
 from babyllama.checkpoint.run import RUN_JSON, Run, locked
 from babyllama.data.corpus import Corpus, prepare
 from babyllama.errors import InputError, NumericalError, UsageError
@@ -203,11 +203,12 @@ def check_device(device: str) -> None:
 
 
 def load(path: str | Path, *, step: int | None = None, tokenizer: str | Path | None = None) -> "LoadedLlama":
-    """Open a model: a run (its best step, or `step`), a saved step, a Hugging Face folder or a llama2.c file.
+    """Open a model: a run (its best step, or `step`), a saved step, or a folder or file of any format that is read:
+    Hugging Face, Meta, GGUF, llama2.c.
 
-    tokenizer  a tokenizer file, where the format does not carry one (llama2.c).
+    tokenizer  a tokenizer file, where the format does not carry one (llama2.c), or in place of its own.
 
-    Raises InputError E201 when nothing at `path` is a model; E202, E203, E205, E209 when one is broken.
+    Raises InputError E201 when nothing at `path` is a model; E202, E203, E205, E209 to E212 when one is broken.
     """
     found = find(path, step)
     try:
@@ -219,38 +220,30 @@ def load(path: str | Path, *, step: int | None = None, tokenizer: str | Path | N
 
 
 def _open(path: Path, tokenizer: str | Path | None) -> "LoadedLlama":
-    if path.is_dir():
-        config, weights = read_model(path)
-        return LoadedLlama(config, Tokenizer.load(tokenizer or path), weights=weights)
-    config, weights = read_llama2c(path)
-    if tokenizer is None:
-        found = "is a llama2.c file, which carries no tokenizer"
-        raise UsageError("E103", str(path), found, "name its tokenizer file:  --tokenizer tokenizer.bin")
-    return LoadedLlama(config, Tokenizer.load(tokenizer), weights=weights)
+    model = open_llama(path)
+    chosen = model.tokenizer() if tokenizer is None else Tokenizer.load(tokenizer)
+    return LoadedLlama(model.config, chosen, weights=model.weights)
 
 
 def load_config(path: str | Path) -> Config:
     """The sizes of the model at `path`, which may also be a config.json. Raises what `load` does."""
     if Path(path).suffix == ".json" and Path(path).is_file():
         return read_config(Path(path))
-    path = find(path)
-    return read_config(path / "config.json") if path.is_dir() else read_llama2c(path)[0]
+    return open_llama(find(path)).config
 
 
 def find(path: str | Path, step: int | None = None) -> Path:
-    """Where the model at `path` lies: a Hugging Face folder (of a run: its best step, or `step`) or a file.
+    """Where the model at `path` lies: of a run, its best step, or `step`; else what is there.
 
-    Raises InputError E201 when there is nothing that could be a model.
+    Raises InputError E201 when nothing is there.
     """
     path = Path(path)
     if (path / RUN_JSON).is_file():
         run = Run(path)
         return run.checked(run.best() if step is None else step)
-    if (path / "config.json").is_file() or path.is_file():
+    if path.exists():
         return path
-    found = "holds no model" if path.exists() else "does not exist"
-    fix = "give a run folder, a saved step, a Hugging Face folder or a llama2.c file"
-    raise InputError("E201", str(path), found, fix)
+    raise InputError("E201", str(path), "does not exist", FIX)
 
 
 class LoadedLlama:

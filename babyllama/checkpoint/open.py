@@ -1,0 +1,76 @@
+"""Any Llama on disk, recognised by what is in it and not by what it is called."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from babyllama.checkpoint.contents import Weights
+from babyllama.checkpoint.folder import opened
+from babyllama.checkpoint.gguf import MAGIC, read_gguf
+from babyllama.checkpoint.hf import read_model
+from babyllama.checkpoint.llama2c import read_llama2c
+from babyllama.checkpoint.meta import PARAMS, read_meta
+from babyllama.errors import InputError, UsageError
+from babyllama.model import Config
+from babyllama.text.tokenizer import Tokenizer
+from babyllama.text.vocabularies import from_gguf
+
+FIX = "give a run, a saved step, a Hugging Face folder, Meta's folder, a GGUF or a llama2.c file"
+NOT_A_MODEL = {  # first bytes: what such a file is
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it with:  git lfs pull",
+    b"<": "is a page of HTML or XML, which a server sends instead of a file that it does not give",
+    b"{": "is JSON; the weights lie beside it",
+}
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A model that was recognised and found whole; its numbers are read when they are asked for."""
+
+    path: Path
+    format: str
+    config: Config
+    weights: Weights
+    tokenizer: Callable[
+        [], Tokenizer
+    ]  # raises InputError E310, or UsageError E103 where the format carries none
+
+
+def open_llama(path: str | Path) -> OnDisk:
+    """The model at `path`: a Hugging Face folder, Meta's folder, a GGUF, a llama2.c file, or a file of such a folder.
+
+    Raises InputError E201 when nothing at `path` is a model; E202, E203, E205, E209, E210, E212 when one is broken.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    with opened(path, code="E201") as (file, size):
+        first = file.read(256)
+    for begin, what in NOT_A_MODEL.items():
+        if first.lstrip().startswith(begin):
+            raise InputError("E201", path, what, FIX)
+    if not size:
+        raise InputError("E201", path, "is empty", "copy or download it again")
+    if first.startswith(MAGIC):
+        config, weights, metadata = read_gguf(path)
+        return OnDisk(path, "GGUF", config, weights, lambda: Tokenizer(from_gguf(metadata, path), path))
+    if first[8:9] == b"{" or first.startswith(b"PK\3\4"):  # safetensors, or Meta's: the folder says the rest
+        return _open_folder(path.parent)
+    config, weights = read_llama2c(path)
+    return OnDisk(path, "llama2.c", config, weights, lambda: _no_tokenizer(path))
+
+
+def _open_folder(folder: Path) -> OnDisk:
+    if (folder / "config.json").is_file():
+        config, weights = read_model(folder)
+        return OnDisk(folder, "Hugging Face", config, weights, lambda: Tokenizer.load(folder))
+    if (folder / PARAMS).is_file():
+        config, weights = read_meta(folder)
+        return OnDisk(folder, "Meta", config, weights, lambda: Tokenizer.load(folder))
+    found = "holds no config.json and no params.json, so that the sizes of a model in it are not known"
+    raise InputError("E201", folder, found, FIX)
+
+
+def _no_tokenizer(path: Path) -> Tokenizer:
+    found = "is a llama2.c file, which carries no tokenizer"
+    raise UsageError("E103", str(path), found, "name its tokenizer file:  --tokenizer tokenizer.bin")
