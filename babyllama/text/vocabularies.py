@@ -95,7 +95,11 @@ def merges_of(rank: Mapping[Piece, float], where: object) -> list[tuple[Piece, P
     """
     if sum(len(piece) ** 2 for piece in rank) > MOST_WORK:
         broken(where, "has too many long tokens")
-    made = {piece: pair for piece in rank if len(piece) > 1 and (pair := last_join(piece, rank.get))}
+
+    def union(left: Piece, right: Piece) -> float | None:
+        return rank.get(left + right)
+
+    made = {piece: pair for piece in rank if len(piece) > 1 and (pair := last_join(piece, union))}
     equal = Counter(rank[piece] for piece in made)
     alike = [piece for piece in made if equal[rank[piece]] > 1]
     for of in {rank[piece] for piece in alike}:
@@ -129,12 +133,12 @@ def _grow_from_the_left(rank: Mapping[Piece, float], one: Piece, of: float) -> b
     return all(list(joins(length, False)) == list(joins(length, True)) for length in lengths)
 
 
-def last_join(piece: Piece, rank: Callable[[Piece], float | None]) -> tuple[Piece, Piece] | None:
+def last_join(piece: Piece, rank: Callable[[Piece, Piece], float | None]) -> tuple[Piece, Piece] | None:
     """The two parts that a piece, encoded alone, is in before it is whole; None if it never is."""
     parts = [piece[at : at + 1] for at in range(len(piece))]
 
     def of(at: int) -> float:
-        found = rank(parts[at] + parts[at + 1])
+        found = rank(parts[at], parts[at + 1])
         return math.inf if found is None else found
 
     ranks = [of(at) for at in range(len(parts) - 1)]
@@ -148,7 +152,7 @@ def last_join(piece: Piece, rank: Callable[[Piece], float | None]) -> tuple[Piec
         for beside in (at - 1, at):
             if 0 <= beside < len(ranks):
                 ranks[beside] = of(beside)
-    return parts[0], parts[1]
+    return (parts[0], parts[1]) if ranks[0] < math.inf else None
 
 
 # ---- pieces with scores: SentencePiece, llama2.c
