@@ -20,9 +20,13 @@ import torch
 from torch import Tensor
 
 from babyllama import machine
+from babyllama.checkpoint.export import FORMATS
+from babyllama.checkpoint.export import export as write_export
 from babyllama.checkpoint.hf import build, read_config
 from babyllama.checkpoint.open import FIX, open_llama
 from babyllama.checkpoint.run import RUN_JSON, Run, locked
+from babyllama.checkpoint.verify import Verdict
+from babyllama.checkpoint.verify import verify as verify_export
 from babyllama.data.corpus import Corpus, prepare
 from babyllama.errors import InputError, NumericalError, UsageError
 from babyllama.generate.engine import Token, generate
@@ -244,6 +248,59 @@ def find(path: str | Path, step: int | None = None) -> Path:
     if path.exists():
         return path
     raise InputError("E201", str(path), "does not exist", FIX)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote, and what came of reading it again; None: that was not wanted."""
+
+    paths: list[Path]
+    verdict: Verdict | None
+
+
+def export(
+    path: str | Path,
+    *,
+    to: str,
+    out: str | Path | None = None,
+    kind: str | None = None,
+    shards: int = 1,
+    version: int = 0,
+    step: int | None = None,
+    tokenizer: str | Path | None = None,
+    with_tokenizer: bool = True,
+    verify: bool = True,
+) -> Exported:
+    """Write the model at `path` as another runtime reads it, and read it again to see that it computes the same.
+
+    to              gguf (llama.cpp, Ollama and what is built on them), llama2c, meta, or hf (a Hugging Face folder).
+    out             file or folder to write; None: here, named after the model.
+    kind            of the numbers of a GGUF: f32, f16, bf16, q8_0, q4_0; None: f16.
+    shards          of Meta's folder: files to cut the matrices into.
+    version         of llama2.c's format: 0, 1, or 2, which keeps a byte for each number.
+    with_tokenizer  False: llama2c without the file of the tokenizer, whose format holds few.
+
+    Raises what `load` does; UsageError E101 to E105; MachineError E401, E403; NumericalError E504: read again, it does
+    not compute the same.
+    """
+    if kind is not None and to != "gguf":
+        raise UsageError("E103", "--type", f"is of a GGUF, and {to} has one kind of numbers", "leave it out")
+    kind = kind or ("f16" if to == "gguf" else "f32")
+    found = find(path, step)
+    model = open_llama(found)
+    wanted = with_tokenizer or to != "llama2c"
+    chosen = (model.tokenizer() if tokenizer is None else Tokenizer.load(tokenizer)) if wanted else None
+    if out is None:
+        name = Path(path).resolve().stem + {"gguf": f"-{kind}", "meta": "-meta", "hf": "-hf"}.get(to, "")
+        out = Path(name + FORMATS.get(to, ""))
+    paths = write_export(
+        model.config, model.weights, chosen, Path(out), to=to, kind=kind, shards=shards, version=version
+    )
+    verdict = None
+    if verify:
+        told = "q8_0" if to == "llama2c" and version == 2 else kind
+        verdict = verify_export(model.config, model.weights, chosen, paths[0], to=to, kind=told)
+    return Exported(paths, verdict)
 
 
 class LoadedLlama:

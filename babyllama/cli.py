@@ -393,6 +393,78 @@ def _strategies(llama: Any, prompt: str, max_tokens: int, seed: int) -> None:
     console.print(table)
 
 
+# ---- export --------------------------------------------------------------------------------------
+
+
+@verb("The parts")
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model of any format that is read.")],
+    to: Annotated[str, typer.Option(help="gguf, llama2c, meta or hf.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="File or folder to write. Default: here, by the model's name."),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--type", help="Numbers of a GGUF: f32, f16, bf16, q8_0 or q4_0. Default: f16."),
+    ] = None,
+    shards: Annotated[int, typer.Option(help="With meta: files to cut the model into.")] = 1,
+    version: Annotated[int, typer.Option(help="Of llama2.c's format: 0, 1 or 2.")] = 0,
+    step: Annotated[int | None, typer.Option(help="Of a run: this saved step instead of the best.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The tokenizer, for a format that does not carry it.")
+    ] = None,
+    with_tokenizer: Annotated[
+        bool,
+        typer.Option("--tokenizer-file/--no-tokenizer-file", help="With llama2c: its tokenizer.bin too."),
+    ] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read it again, and compare what it computes.")
+    ] = True,
+) -> None:
+    """Write a model for another runtime: llama.cpp, Ollama, llama2.c, Meta's code, transformers.
+
+    What was written is read again, by an independent program where one is installed, and must give the same ids and
+    the same logits.
+    """
+    from babyllama import api
+    from babyllama.terminal import command, console, facts, note, size
+
+    found = api.export(
+        model,
+        to=to,
+        out=out,
+        kind=kind,
+        shards=shards,
+        version=version,
+        step=step,
+        tokenizer=tokenizer,
+        with_tokenizer=with_tokenizer,
+        verify=verify,
+    )
+    sizes = [sum(file.stat().st_size for file in _files(path)) for path in found.paths]
+    rows = [(size(bytes_), str(path)) for path, bytes_ in zip(found.paths, sizes, strict=True)]
+    facts(rows, "Written")
+    if found.verdict is not None:
+        console.print(f"\nRead again by {found.verdict}", highlight=False)
+    first, beside = found.paths[0], found.paths[-1]
+    uses = {
+        "gguf": [
+            ("llama.cpp", command("llama-completion", "-m", first, "-p", "Once")),
+            ("Ollama", command("ollama", "create", first.stem, "-f", beside)),
+        ],
+        "llama2c": [("llama2.c", command("./run", first, "-z", beside, "-i", "Once"))] * with_tokenizer,
+        "meta": [],
+        "hf": [("Python", f'AutoModelForCausalLM.from_pretrained("{first}")')],
+    }
+    for name, use in uses[to]:
+        note(f"{name}:  {use}")
+
+
+def _files(path: Path) -> list[Path]:
+    return [each for each in path.iterdir() if each.is_file()] if path.is_dir() else [path]
+
+
 # ---- info and doctor -----------------------------------------------------------------------------
 
 

@@ -55,6 +55,7 @@ CODES = {
     "E501": "loss or gradients are not finite",
     "E502": "the model produced logits that are not finite",
     "E503": "a device computes wrong numbers",
+    "E504": "what was written does not compute the same when it is read again",
     "E901": "a defect of Baby Llama",
 }
 

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -122,17 +122,28 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Give `path` this content at once: a reader, or a crash, sees the old file or the new one. Raises E401 or E403."""
-    half_done = path.parent / f".tmp-{path.name}"
+    replace_file_by_parts(path, [content])
+
+
+def replace_file_by_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """The same for a content that is made while it is written, part by part."""
+    half_done, written = path.parent / f".tmp-{path.name}", 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         half_done.unlink(missing_ok=True)
-        _write_durably(half_done, content)
+        with half_done.open("xb") as file:
+            for part in parts:
+                written += len(part)
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
         half_done.replace(path)
         sync(path.parent)
     except OSError as error:
+        raise refused(error, path, written) from error
+    finally:
         with contextlib.suppress(OSError):
-            half_done.unlink()
-        raise refused(error, path, len(content)) from error
+            half_done.unlink(missing_ok=True)
 
 
 def remove_folder(folder: Path) -> None:
