@@ -14,12 +14,13 @@ import hashlib
 import json
 import math
 import re
+import secrets
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Core
 
 from babyllama.errors import InputError
@@ -49,7 +50,7 @@ LARGEST_LLAMA2C = 8 * 2**20  # bytes; Llama 2's has 0.4 MB
 LONGEST_PIECE = 256  # bytes of one token of a llama2.c file
 LARGEST_VOCAB = 2**20
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 CONFIGS = (*FILES[1:], "generation_config.json")
 
 
@@ -57,9 +58,13 @@ class Tokenizer:
     """Text <-> ids of one vocabulary.
 
     bos_id, eos_id  begin and end a document; `eos_ids` holds every id at which generation stops.
-    special_ids     control tokens: they add nothing to the text, and no text encodes to them.
+    special_ids     control tokens: they add nothing to the text, and no text encodes to them; `special_names` as
+                    the files spell them.
     vocab_size      highest id + 1.
     sha256          of tokenizer.json.
+    puts_bos        whether other programs put BOS before a text, because tokenizer.json says so.
+    chat_template   the jinja template that came with it, as it is (text/chat.py renders it); None: there is none.
+    named_tokens    what the files call "bos_token", "eos_token" and so on; templates use these names.
 
     `decode(encode(text, bos=True)) == text` for every string, of tokenizers trained here and of llama2.c's;
     with a vocabulary from elsewhere, as far as its own normalisation allows.
@@ -76,10 +81,17 @@ class Tokenizer:
 
         vocab = core.get_vocab(with_added_tokens=True)
         added = core.get_added_tokens_decoder()
+        self.chat_template, self.named_tokens = _for_chats(files)
+        hidden = _control_tokens_not_called_so(added.values(), self.chat_template or "")
+        core.add_special_tokens([AddedToken(name, special=True) for name in hidden])
         self.vocab_size = max(vocab.values(), default=-1) + 1
         if not 0 < self.vocab_size <= LARGEST_VOCAB:
             _broken(where, f"has {self.vocab_size} ids, expected 1 to {LARGEST_VOCAB}")
-        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.special_names = {
+            id: token.content for id, token in added.items() if token.special or token.content in hidden
+        }
+        self.special_ids = frozenset(self.special_names)
+        self._added, self._marks, self._marked = added, dict[int, str](), dict[int, int]()
 
         self._pieces = [b""] * self.vocab_size
         to_bytes = _token_reader(core, layout, where)
@@ -92,6 +104,7 @@ class Tokenizer:
         # SentencePiece puts a space before every text, so that a word has one form wherever it stands.
         first = core.encode("a", add_special_tokens=False).ids[:1]
         self._prefixes_space = any(self._pieces[id].startswith(b" ") for id in first)
+        self.puts_bos = core.encode("a").ids[:1] == [self.bos_id]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, exact: bool = True) -> "Tokenizer":
@@ -124,7 +137,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        core.train_from_iterator((_valid(text) for text in texts), trainer)
+        core.train_from_iterator((valid(text) for text in texts), trainer)
         largest = core.get_vocab_size()
         if exact and largest < vocab_size:
             raise InputError(
@@ -157,12 +170,46 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of text; the names of control tokens inside it are ordinary characters. Raises E302."""
-        ids = self._core.encode(_valid(text), add_special_tokens=False).ids
+        ids = self._core.encode(valid(text), add_special_tokens=False).ids
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def marks(self, ids: Iterable[int]) -> dict[int, str]:
+        """For each of these control tokens a name that stands for it in `encode_marked`, and that nobody can type.
+
+        It is drawn at random (80 bits) from characters for private use, which have no upper case and are no space.
+        """
+        fresh = sorted({*ids} - self._marks.keys())
+        for id in fresh:
+            assert id in self.special_ids, id
+            self._marks[id] = "".join(chr(0xF0000 + secrets.randbelow(0xFFFD)) for _ in range(5)) + chr(
+                0x100000 + len(self._marks) % 0xFFFD
+            )
+        added = [
+            AddedToken(
+                self._marks[id],
+                single_word=self._added[id].single_word,
+                lstrip=self._added[id].lstrip,
+                rstrip=self._added[id].rstrip,
+                normalized=self._added[id].normalized,
+                special=False,  # or the core would take it for text
+            )
+            for id in fresh
+        ]
+        self._core.add_tokens(added)
+        self._marked |= {self._core.token_to_id(self._marks[id]) or 0: id for id in fresh}
+        return {id: self._marks[id] for id in ids}
+
+    def encode_marked(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode` of a text in which marks become control tokens; and where in it each id begins and ends.
+
+        All of it in one go, so that merges go across wherever no control token stands. Raises E302.
+        """
+        encoding = self._core.encode(valid(text), add_special_tokens=False)
+        return [self._marked.get(id, id) for id in encoding.ids], encoding.offsets
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        texts = [_valid(text) for text in texts]
+        texts = [valid(text) for text in texts]
         return [encoding.ids for encoding in self._core.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -213,7 +260,7 @@ class Tokenizer:
         return {**made, **self._files}
 
 
-def _valid(text: str) -> str:
+def valid(text: str) -> str:
     """text itself. Raises E302 for a lone surrogate, half of a character that UTF-8 cannot write."""
     if not text.isascii():
         try:
@@ -351,6 +398,38 @@ def _ends(
     if not stops:
         _broken(where, "names no token that ends a text (eos_token in a tokenizer_config.json beside it)")
     return begins[0], stops[0], frozenset(stops)
+
+
+def _for_chats(files: Mapping[str, bytes]) -> tuple[str | None, dict[str, str]]:
+    """The chat template, wherever newer and older programs keep it, and the tokens that have a name."""
+    named: dict[str, str] = {}
+    template = None
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # where they differ, the latter holds
+        config = _parse(files[name], name) if name in files else {}
+        for key, value in config.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(text, str):
+                named[key] = text
+        template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}.get(
+            "default"
+        )
+    if "chat_template.jinja" in files:
+        template = files["chat_template.jinja"].decode("utf-8", "replace")
+    return template if isinstance(template, str) else None, named
+
+
+def _control_tokens_not_called_so(added: Iterable[AddedToken], template: str) -> set[str]:
+    """Tokens like <|im_start|> that a chat template writes, though tokenizer.json does not call them special.
+
+    If they were left as they are, a person could type them.
+    """
+    return {
+        token.content
+        for token in added
+        if not token.special and re.fullmatch(r"<\|.+\|>", token.content) and token.content in template
+    }
 
 
 def _from_llama2c(data: bytes, where: object) -> bytes:
