@@ -25,7 +25,9 @@ from typing import Any, NoReturn
 from babyllama.errors import InputError, UsageError
 from babyllama.text.tokenizer import Tokenizer, valid
 
-Message = Mapping[str, Any]  # "role" and "content"; what else stands in it is not looked at
+Messages = (
+    Any  # a list of {"role": ..., "content": ...}; from people and files, so that it is checked, not believed
+)
 
 ROLES = ("system", "user", "assistant")
 LARGEST_TEMPLATE = 64 * 2**10  # characters; those of the Llama family have up to 4,000
@@ -86,7 +88,7 @@ class ChatTemplate:
         self._renderer = _Renderer(template, by_name, variables)
         self.stop_ids = tokenizer.eos_ids | (frozenset() if self.plain else self._look_at_an_answer(special))
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Messages) -> list[int]:
         """The ids to which the model adds its answer: one BOS (where the model wants one), the messages, and what
         the template writes before an answer.
 
@@ -96,7 +98,7 @@ class ChatTemplate:
         (text,) = self._renderer.texts([(_checked(messages), True)])
         return self._encode(text)[0]
 
-    def fit(self, messages: Sequence[Message], room: int) -> tuple[list[int], int]:
+    def fit(self, messages: Messages, room: int) -> tuple[list[int], int]:
         """`prompt` of as many of the last messages as `room` tokens hold, and how many older ones were left out.
 
         What is kept begins with a message of the user; a system message at the beginning is always kept, and counts.
@@ -122,14 +124,14 @@ class ChatTemplate:
                 too_long = middle
         return from_cut(fits), cuts[fits] - first
 
-    def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    def encode(self, messages: Messages) -> tuple[list[int], list[bool]]:
         """The ids of a whole conversation, and of each whether the assistant wrote it: to learn from.
 
         Its own are the text of its answers and the control token that ends each; not what the template writes before
         an answer, nor a line end behind it.
 
-        Raises what `prompt` does; E312 also when the template writes earlier answers otherwise than it does the
-        last one, so that it cannot be told where they stand.
+        Raises what `prompt` does; E312 also when the template writes earlier answers otherwise than the last
+        one, or not behind what it prompts with, so that it cannot be told where they stand.
         """
         messages = _checked(messages)
         (text,) = self._renderer.texts([(messages, False)])
@@ -140,7 +142,7 @@ class ChatTemplate:
             before, until = self._renderer.texts([(messages[:at], True), (messages[: at + 1], False)])
             if not (until.startswith(before) and text.startswith(until)):
                 _unusable(
-                    "writes an answer otherwise when more follows it, so that it cannot be told which ids are its own",
+                    "writes an answer otherwise than it asks for it, or when more follows: it hides who wrote what",
                     "train on conversations that end with their only answer",
                 )
             ends = [
@@ -185,7 +187,7 @@ class ChatTemplate:
         return frozenset() if end is None or PROBE not in text else frozenset({self._id_of[end[0]]})
 
 
-def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:
+def _checked(messages: Messages) -> list[dict[str, str]]:
     """The roles and contents alone. Raises E101, E102, E302, E311."""
     if isinstance(messages, str | Mapping) or len(messages) == 0:
         fix = 'give a list of at least one:  [{"role": "user", "content": "Hello"}]'
