@@ -28,6 +28,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT |= {"api": {*MAY_IMPORT}, "__init__": {*MAY_IMPORT, "api"}}
 MAY_IMPORT |= {"terminal": {*MAY_IMPORT}}
+MAY_IMPORT |= {"talk": {*MAY_IMPORT}}
 MAY_IMPORT |= {"cli": {*MAY_IMPORT}, "__main__": {"cli"}}
 EXCEPT = {
     ("train/__init__.py", "babyllama.api.train")
@@ -144,7 +145,7 @@ def test_importing_the_package_and_its_plain_parts_is_cheap(name):
     assert loaded_by(f"import {name}").isdisjoint({"torch", "numpy", "tokenizers", "typer", "transformers"})
 
 
-@pytest.mark.parametrize("name", ["babyllama.text.tokenizer", "babyllama.text.stream"])
+@pytest.mark.parametrize("name", ["babyllama.text.tokenizer", "babyllama.text.stream", "babyllama.text.chat"])
 def test_text_needs_neither_torch_nor_numpy(name):
     assert loaded_by(f"import {name}").isdisjoint({"torch", "numpy", "transformers"})
 
