@@ -23,7 +23,7 @@ HELP = """/reset      forget what was said
 /quit       leave; so do Ctrl-D, and Ctrl-C twice
 
 Ctrl-C while the model answers stops the answer. For a message that begins with /, put a space before it."""
-PLAIN = "This model has no chat template: it continues text, and nobody taught it to answer. What you write goes on."
+PLAIN = "This model has no chat template: it has not learned to answer, and goes on with what you write."
 
 
 def talk(
@@ -116,15 +116,16 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write what was said, whole or not at all. Raises MachineError E401, or E403 (also for a file of others)."""
+        line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
         try:
             taken = path.exists() and path.resolve() not in self.saved
-        except (OSError, ValueError) as error:
+            if not taken:
+                replace_file(path, line.encode())
+        except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte in it
             raise MachineError("E403", str(path), str(error), "choose another name") from None
         if taken:
             found = "is there already, and is not from this conversation"
             raise MachineError("E403", str(path), found, "choose another name, or remove it first")
-        line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
-        replace_file(path, line.encode())
         self.saved.add(path.resolve())
 
 

@@ -234,7 +234,8 @@ class _Renderer:
 
     def texts(self, conversations: Sequence[tuple[Sequence[Mapping[str, str]], bool]]) -> list[str]:
         """Each conversation as text; with True, also what the template writes before an answer. Raises E312."""
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
             self._start()
         return self._ask({"conversations": conversations}, SECONDS)["texts"]
 

@@ -1,8 +1,11 @@
 """Chat templates: the ids that transformers gives, control tokens nobody can type, and no template that does harm."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -596,13 +599,40 @@ if sys.argv[1] == "killed":
             assert time.monotonic() < deadline, how
 
 
-def test_a_process_that_was_killed_is_e312_and_the_next_question_starts_another(opened):
+@pytest.mark.skipif(os.name == "nt", reason="process groups of Unix")
+def test_ctrl_c_does_not_reach_the_process_that_renders(opened):
+    template, _, _ = opened("Llama 3")
+    template.prompt([user("Hello")])
+    assert os.getpgid(template._renderer._process.pid) != os.getpgid(0)
+
+
+def test_ctrl_c_while_a_template_renders_leaves_no_half_question_behind(opened, monkeypatch):
     template, _, _ = opened("Llama 3")
     ids = template.prompt([user("Hello")])
-    template._renderer._process.kill()
+    process = template._renderer._process
+    os.kill(process.pid, signal.SIGSTOP)  # it does not answer
+    press = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    press.start()
+    with pytest.raises(KeyboardInterrupt):
+        template.prompt([user("Bye")])
+    press.join()
+    assert process.poll() is not None and template.prompt([user("Hello")]) == ids
+
+
+def test_a_process_that_ends_over_a_question_is_e312_and_the_next_one_starts_another(opened):
+    template, _, _ = opened("Llama 3")
+    ids = template.prompt([user("Hello")])
+    process = template._renderer._process
+    os.kill(process.pid, signal.SIGSTOP)
+    end = threading.Timer(0.2, process.kill)
+    end.start()
     with pytest.raises(InputError, match="ended the process"):
         template.prompt([user("Hello")])
+    end.join()
     assert template.prompt([user("Hello")]) == ids
+    template._renderer._process.kill()
+    template._renderer._process.wait()
+    assert template.prompt([user("Hello")]) == ids, "between questions nobody needs to know"
     template.close()
     assert template.prompt([user("Hello")]) == ids
 
