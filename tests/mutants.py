@@ -1032,8 +1032,10 @@ MUTANTS = [
     Mutant("api: the seed is not passed on", "api.py",
            "            seed=seed,\n        )\n        return", "        )\n        return",
            API + "test_a_seed_gives_its_text_every_time_and_another_seed_another"),
-    Mutant("api: min_p is not passed on", "api.py", "min_p=min_p,\n            repetition_penalty=repetition_penalty,\n            seed=seed,\n        )\n        r",
-           "repetition_penalty=repetition_penalty,\n            seed=seed,\n        )\n        r",
+    Mutant("api: min_p is not passed on", "api.py",
+           "min_p=min_p,\n            repetition_penalty=repetition_penalty,\n"
+           "            seed=seed,\n        )\n        return",
+           "repetition_penalty=repetition_penalty,\n            seed=seed,\n        )\n        return",
            API + "test_every_option_reaches_the_sampler"),
     Mutant("api: an end token does not end", "api.py",
            "sampling, self.tokenizer.eos_ids, stop)", "sampling, frozenset(), stop)",
