@@ -25,9 +25,7 @@ from typing import Any, NoReturn
 from babyllama.errors import InputError, UsageError
 from babyllama.text.tokenizer import Tokenizer, valid
 
-Messages = (
-    Any  # a list of {"role": ..., "content": ...}; from people and files, so that it is checked, not believed
-)
+Messages = Any  # a list of {"role": ..., "content": ...}; from people and files, so it is checked
 
 ROLES = ("system", "user", "assistant")
 LARGEST_TEMPLATE = 64 * 2**10  # characters; those of the Llama family have up to 4,000
@@ -35,12 +33,8 @@ LARGEST_CHAT = 2**20  # characters of all messages
 SECONDS = 2.0  # for a question to the process that renders; it takes less than a millisecond
 SECONDS_TO_START = 20.0  # of that process, about 0.1 on an idle machine
 LONGEST_ANSWER = 64 * 2**20  # bytes, more than sandbox.py ever says
-KEPT_VARIABLES = (
-    "TZ",
-    "SYSTEMROOT",
-    "LD_LIBRARY_PATH",
-    "DYLD_LIBRARY_PATH",
-)  # of the environment; the rest is ours
+# Of the environment, what Python itself may need to start; the rest is nobody's business there.
+KEPT_VARIABLES = ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 PROBE = "qxjzk"  # an answer that no template writes by itself
 PUT_ANOTHER = "put a template that works beside the tokenizer, as chat_template.jinja, or use another model"
