@@ -29,9 +29,10 @@ from babyllama.checkpoint.verify import Verdict
 from babyllama.checkpoint.verify import verify as verify_export
 from babyllama.data.corpus import Corpus, prepare
 from babyllama.errors import InputError, NumericalError, UsageError
-from babyllama.generate.engine import Token, generate
+from babyllama.generate.engine import Generation, Token, generate
 from babyllama.generate.sample import Sampling
 from babyllama.model import Config, Llama
+from babyllama.text.chat import ChatTemplate, Messages
 from babyllama.text.stream import TextStream
 from babyllama.text.tokenizer import Tokenizer
 from babyllama.train import law, loop
@@ -303,6 +304,36 @@ def export(
     return Exported(paths, verdict)
 
 
+class Answer(Iterator[str]):
+    """A text piece by piece, as it is being thought of: whole characters only, and nothing of a stop string.
+
+    prompt_tokens  it was given; `tokens`: it has said so far, without the one that ended it.
+    left_out       older messages that the context had no room for.
+    ended          whether the model itself came to an end: not before the last piece, and not when room or leave did.
+    """
+
+    def __init__(
+        self, tokens: Iterator[Token], text: TextStream, prompt_tokens: int, left_out: int = 0
+    ) -> None:
+        self.prompt_tokens, self.left_out = prompt_tokens, left_out
+        self.tokens, self.ended = 0, False
+        self._pieces = self._read(tokens, text)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _read(self, tokens: Iterator[Token], text: TextStream) -> Iterator[str]:
+        for token in tokens:
+            self.tokens += 1
+            if piece := text.push(token.id):
+                yield piece
+            if text.stopped:
+                break
+        self.ended = text.stopped or (isinstance(tokens, Generation) and tokens.reasons == ["stop"])
+        if piece := text.flush():
+            yield piece
+
+
 class LoadedLlama:
     """A model with its tokenizer. `config`, `tokenizer` and `model` are what they are called."""
 
@@ -361,24 +392,66 @@ class LoadedLlama:
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
-        tokens = generate(  # which refuses what is out of range here and now, not when the first piece is asked for
-            self.model,
-            [self.encode(prompt)],
-            max_tokens=max_tokens,
-            sampling=sampling,
-            stop_ids=self.tokenizer.eos_ids,
-        )
-        return self._pieces(tokens, TextStream(self.tokenizer, stop))
+        return self._answer(self.encode(prompt), max_tokens, sampling, self.tokenizer.eos_ids, stop)
 
-    @staticmethod
-    def _pieces(tokens: Iterator[Token], stream: TextStream) -> Iterator[str]:
-        for token in tokens:
-            if piece := stream.push(token.id):
-                yield piece
-            if stream.stopped:
-                break
-        if piece := stream.flush():
-            yield piece
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """How this model is talked to; `plain` where it has no template. Raises InputError E312."""
+        return ChatTemplate(self.tokenizer)
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> Answer:
+        """The answer to a conversation: a list of {"role": "system", "user" or "assistant", "content": text}.
+
+        max_tokens  of the answer; None: a quarter of the context. The oldest messages are left out (`Answer.left_out`
+                    says how many) where there would not be room for so many, or for a quarter.
+
+        Ends at every end token that generation_config.json names, and at what the template puts behind an answer. A
+        model without a template goes on with the text of the last message. The rest is as for `stream`.
+
+        Raises what `stream` does, and the errors of ChatTemplate.prompt.
+        """
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        context = self.config.max_seq_len
+        quarter = max(1, context // 4)
+        most = quarter if max_tokens is None else max_tokens
+        ids, left_out = self.chat_template.fit(messages, context - min(most, quarter))
+        if len(ids) >= context:
+            found = f"prompt {len(ids)} tokens, context {context}, which leaves no room for an answer"
+            raise InputError("E311", "the last message", found, "shorten it, or the system message")
+        return self._answer(ids, most, sampling, self.chat_template.stop_ids, stop, left_out)
+
+    def _answer(
+        self,
+        ids: list[int],
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        stop: str | Sequence[str],
+        left_out: int = 0,
+    ) -> Answer:
+        """What the model adds to ids. What is out of range is refused now, not when the first piece is asked for."""
+        text = TextStream(self.tokenizer, stop)
+        tokens = generate(self.model, [ids], max_tokens=max_tokens, sampling=sampling, stop_ids=stop_ids)
+        return Answer(tokens, text, len(ids), left_out)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> np.ndarray:

@@ -68,6 +68,25 @@ Field = Annotated[
     str | None, typer.Option(help="The field of the text in jsonl and parquet files. Default: text.")
 ]
 Seed = Annotated[int, typer.Option(help="Another seed, another result; the same seed, the same.")]
+Model = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="A run, a saved step, a Hugging Face folder or a llama2.c file."),
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="0: the likeliest token; above 1: bolder. Default: 0.8.")
+]
+TopK = Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens. Default: 0, all.")]
+TopP = Annotated[float | None, typer.Option(help="Choose among the likeliest of this share. Default: 0.95.")]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Leave out the less likely than this, of the likeliest. Default: 0."),
+]
+Penalty = Annotated[float | None, typer.Option(help="Above 1: what was said gets less likely. Default: 1.")]
+Step = Annotated[int | None, typer.Option(help="Of a run: this saved step instead of the best.")]
+TokenizerFile = Annotated[
+    Path | None, typer.Option(help="The tokenizer, for a format that does not carry it.")
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Print control characters as they are.")]
 
 
 # ---- story ---------------------------------------------------------------------------------------
@@ -307,44 +326,26 @@ def data(
 
 @verb("Start")
 def generate(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL", help="A run, a saved step, a Hugging Face folder or a llama2.c file."
-        ),
-    ],
+    model: Model,
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="The beginning that is to be continued.")
     ] = "",
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens to add, at most. Default: 200; with --strategies 60.")
     ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0: the likeliest token; above 1: bolder. Default: 0.8.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Choose among the k likeliest tokens. Default: 0, all.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Choose among the likeliest of this share. Default: 0.95.")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Leave out the less likely than this, of the likeliest. Default: 0."),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: what was said gets less likely. Default: 1.")
-    ] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
     seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
     strategies: Annotated[
         bool, typer.Option("--strategies", help="Seven ways of choosing tokens, side by side.")
     ] = False,
-    step: Annotated[int | None, typer.Option(help="Of a run: this saved step instead of the best.")] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="The tokenizer, for a format that does not carry it.")
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Print control characters as they are.")] = False,
+    step: Step = None,
+    tokenizer: TokenizerFile = None,
+    raw: Raw = False,
 ) -> None:
     """Continue a prompt, as it is being thought of.
 
@@ -463,6 +464,48 @@ def export(
 
 def _files(path: Path) -> list[Path]:
     return [each for each in path.iterdir() if each.is_file()] if path.is_dir() else [path]
+
+
+# ---- chat ----------------------------------------------------------------------------------------
+
+
+@verb("Start")
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="What the model is told before you speak.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an answer, at most. Default: a quarter of the context.")
+    ] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = 0,
+    step: Step = None,
+    tokenizer: TokenizerFile = None,
+    raw: Raw = False,
+) -> None:
+    """Talk with a model, as it was taught to: by the chat template that came with it.
+
+    A model without one, like those trained here, goes on with what you write. In the terminal, Ctrl-C stops an answer
+    and /help lists what can be typed. From a pipe, every line is a message, and only the answers are printed.
+    """
+    from babyllama import api
+    from babyllama.talk import talk
+    from babyllama.terminal import say, say_raw
+
+    options = _given(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    llama = api.load(model, step=step, tokenizer=tokenizer)
+    write = say_raw if raw else say
+    talk(llama, write=write, name=str(model), system=system, seed=seed, **options)
 
 
 # ---- info and doctor -----------------------------------------------------------------------------

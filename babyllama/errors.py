@@ -45,6 +45,7 @@ CODES = {
     "E309": "token ids do not belong to this tokenizer",
     "E310": "tokenizer file cannot be read",
     "E311": "prompt is longer than the context",
+    "E312": "a chat template cannot be used, or refuses a conversation",
     "E401": "no space left on the disk",
     "E402": "folder is in use by another run",
     "E403": "folder or file cannot be written or read",

@@ -250,6 +250,105 @@ def test_an_option_out_of_range_is_refused(llama, options):
     assert caught.value.code == "E102"
 
 
+# ---- conversations -------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message.role + '<|end_header_id|>' }}"
+    "{{ message.content }}<|eot_id|>{% endfor %}{{ '<|start_header_id|>' if add_generation_prompt }}"
+)
+HELLO = [{"role": "user", "content": "Once"}]
+
+
+@pytest.fixture(scope="module")
+def talker(llama):
+    """The same model with a chat template."""
+    tokenizer = Tokenizer({**llama.tokenizer.files(), "chat_template.jinja": TEMPLATE.encode()})
+    made = LoadedLlama(llama.config, tokenizer, llama.model)
+    yield made
+    made.chat_template.close()
+
+
+def test_an_answer_goes_on_with_the_ids_of_the_conversation(talker):
+    answer = talker.chat(HELLO, max_tokens=9, temperature=0.0)
+    pieces = list(answer)
+    ids = talker.chat_template.prompt(HELLO)
+    expected = [int(talker.logits(ids)[-1].argmax())]
+    for _ in range(8):
+        expected.append(int(talker.logits([*ids, *expected])[-1].argmax()))
+    assert "".join(pieces) == talker.tokenizer.decode(expected)
+    assert (answer.prompt_tokens, answer.tokens, answer.left_out, answer.ended) == (len(ids), 9, 0, False)
+
+
+def test_every_option_of_a_chat_reaches_the_sampler_and_every_end_the_engine(talker, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(api, "generate", lambda model, prompts, **options: seen.update(options) or iter(()))
+    options = {
+        "temperature": 0.3, "top_k": 4, "top_p": 0.6, "min_p": 0.1, "repetition_penalty": 1.5, "seed": 9
+    }  # fmt: skip
+    assert list(talker.chat(HELLO, max_tokens=7, **options)) == []
+    assert {name: getattr(seen["sampling"], name) for name in options} == options and seen["max_tokens"] == 7
+    ends = {talker.tokenizer.special_names[id] for id in seen["stop_ids"]}
+    assert ends == {EOS, "<|eot_id|>"}
+    talker.chat(HELLO)
+    assert seen["max_tokens"] == CONTEXT // 4
+
+
+@pytest.mark.parametrize("end", [EOS, "<|eot_id|>", "<|end_header_id|>"])
+def test_an_answer_ends_at_its_end_tokens_and_says_that_it_ended(talker, monkeypatch, end):
+    names = {name: id for id, name in talker.tokenizer.special_names.items()}
+    said = iter([*talker.tokenizer.encode("ab"), names[end], *talker.tokenizer.encode("c")])
+    monkeypatch.setattr("babyllama.generate.engine.sample", lambda *given: np.array([next(said)]))
+    answer = talker.chat(HELLO, max_tokens=4)
+    ends = end != "<|end_header_id|>"
+    assert "".join(answer) == ("ab" if ends else "abc") and answer.ended is ends
+    assert answer.tokens == (2 if ends else 4)
+
+
+def test_a_stop_string_ends_an_answer(talker, monkeypatch):
+    said(monkeypatch, talker.tokenizer.encode("abcdef"))
+    answer = talker.chat(HELLO, stop="cd")
+    assert "".join(answer) == "ab" and answer.ended
+
+
+def test_old_messages_make_room_for_a_quarter_of_the_context(talker):
+    turns = [{"role": role, "content": f"{n}"} for n in range(9) for role in ("user", "assistant")]
+    messages = [{"role": "system", "content": "S"}, *turns, *HELLO]
+    answer = talker.chat(messages)
+    assert answer.left_out > 0 and answer.prompt_tokens <= CONTEXT * 3 // 4
+    assert answer.prompt_tokens == len(
+        talker.chat_template.prompt([messages[0], *messages[answer.left_out + 1 :]])
+    )
+    less = talker.chat(messages, max_tokens=1)
+    assert less.left_out < answer.left_out and less.prompt_tokens < CONTEXT
+
+
+def test_a_message_longer_than_the_context_is_e311(talker):
+    longest = CONTEXT - len(talker.chat_template.prompt([{"role": "user", "content": ""}]))
+    for tokens, fits in ((longest - 1, True), (longest, False), (longest + 1, False)):
+        messages = [{"role": "user", "content": "9" * tokens}]
+        assert len(talker.chat_template.prompt(messages)) == CONTEXT - longest + tokens
+        if fits:
+            assert sum(map(len, talker.chat(messages))) >= 0 and talker.chat(messages).left_out == 0
+        else:
+            assert "context 48" in refused("E311", talker.chat, messages).found
+
+
+def test_a_model_without_a_template_goes_on_with_the_text(llama, monkeypatch):
+    seen = []
+    monkeypatch.setattr(api, "generate", lambda model, prompts, **options: seen.extend(prompts) or iter(()))
+    llama.chat(HELLO)
+    assert seen == [llama.encode("Once")] and llama.chat_template.plain
+    llama.chat_template.close()
+
+
+@pytest.mark.parametrize("messages", ["Once", [], [{"role": "wizard", "content": "x"}], [{"role": "user"}]])
+def test_what_is_no_conversation_is_a_usage_error(talker, messages):
+    with pytest.raises(UsageError):
+        talker.chat(messages)
+    with pytest.raises(UsageError):
+        talker.chat(HELLO, max_tokens=-1)
+
+
 # ---- numbers -------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT |= {"api": {*MAY_IMPORT}, "__init__": {*MAY_IMPORT, "api"}}
 MAY_IMPORT |= {"terminal": {*MAY_IMPORT}}
+MAY_IMPORT |= {"talk": {*MAY_IMPORT}}
 MAY_IMPORT |= {"cli": {*MAY_IMPORT}, "__main__": {"cli"}}
 EXCEPT = {
     ("train/__init__.py", "babyllama.api.train")
@@ -121,10 +122,10 @@ def test_no_module_is_named_for_having_no_subject():
 
 def test_everything_imported_from_outside_is_a_declared_dependency():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    declared = {
-        re.split(r"[^\w-]", each)[0] for each in project["dependencies"] + extras["parquet"] + extras["hub"]
-    }
+    extras = [
+        each for name in ("parquet", "hub", "verify") for each in project["optional-dependencies"][name]
+    ]
+    declared = {re.split(r"[^\w-]", each)[0] for each in project["dependencies"] + extras} | {"llama_cpp"}
     outside = {name.partition(".")[0] for path in PACKAGE.rglob("*.py") for name in imported(path)}
     assert outside - sys.stdlib_module_names - {"babyllama"} <= declared
 
@@ -144,7 +145,7 @@ def test_importing_the_package_and_its_plain_parts_is_cheap(name):
     assert loaded_by(f"import {name}").isdisjoint({"torch", "numpy", "tokenizers", "typer", "transformers"})
 
 
-@pytest.mark.parametrize("name", ["babyllama.text.tokenizer", "babyllama.text.stream"])
+@pytest.mark.parametrize("name", ["babyllama.text.tokenizer", "babyllama.text.stream", "babyllama.text.chat"])
 def test_text_needs_neither_torch_nor_numpy(name):
     assert loaded_by(f"import {name}").isdisjoint({"torch", "numpy", "transformers"})
 

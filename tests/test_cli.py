@@ -1,7 +1,9 @@
 """The command line: each verb does what it says, on any terminal, and a signal never costs more than a step."""
 
+import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +167,45 @@ def test_generate_takes_a_step_of_a_run_or_its_folder(run, said):
     step = Run(run).steps()[0]
     by_number = said("generate", run, "There", "--step", step, "--max-tokens", 9)
     assert by_number == said("generate", Run(run).folder(step), "There", "--max-tokens", 9)
+
+
+def test_every_option_of_chat_reaches_the_model(run, said, monkeypatch):
+    seen = {}
+
+    def chat(self, messages, **options):
+        seen.update(options, messages=[dict(message) for message in messages])
+        raise SystemExit(0)
+
+    monkeypatch.setattr(api.LoadedLlama, "chat", chat)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n"), encoding="utf-8"))
+    options = {"max_tokens": 9, "temperature": 0.2, "top_k": 3, "top_p": 0.4, "min_p": 0.1,
+               "repetition_penalty": 1.3, "seed": 8}  # fmt: skip
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    said("chat", run, "--system", "Be kind", *flags)
+    messages = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "Hello"}]
+    assert seen == {**options, "messages": messages}
+
+
+def test_chat_with_a_model_trained_here_goes_on_with_what_is_written(run, said, monkeypatch):
+    def typed(text):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+
+    typed(b"There was\nAnd\n")
+    step = Run(run).steps()[0]
+    shown = said("chat", run, "--max-tokens", 4, "--temperature", 0, "--step", step, "--raw")
+    llama = api.load(run, step=step)
+    first = llama.generate("There was", max_tokens=4, temperature=0.0)
+    second = llama.generate(f"There was{first}\n\nAnd", max_tokens=4, temperature=0.0)
+    assert shown == f"{first.strip()}\n{second.strip()}\n"
+
+
+def test_a_chat_template_that_cannot_be_used_is_e312(run, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(Run(run).folder(Run(run).best()), tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n"), encoding="utf-8"))
+    with pytest.raises(SystemExit) as left:
+        main(["chat", str(folder)])
+    assert left.value.code == 3 and capsys.readouterr().err.startswith("error[E312]: the chat template: ")
 
 
 def test_strategies_shows_seven_ways_by_name_and_what_each_says(run, said):

@@ -47,7 +47,7 @@ def new_folder(folder: Path, facts: Mapping[str, Any] | None = None) -> Iterator
         }
         for name in files:
             sync(half_done / name)
-        _write_durably(half_done / MANIFEST, sealed({"format": FORMAT, **(facts or {}), "files": files}))
+        _write_durably(half_done / MANIFEST, [sealed({"format": FORMAT, **(facts or {}), "files": files})])
         sync(half_done)
         half_done.rename(folder)
         sync(folder.parent)
@@ -126,21 +126,16 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def replace_file_by_parts(path: Path, parts: Iterable[bytes]) -> None:
-    """The same for a content that is made while it is written, part by part."""
-    half_done, written = path.parent / f".tmp-{path.name}", 0
+    """The same with a content that is made while it is written."""
+    half_done = path.parent / f".tmp-{path.name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         half_done.unlink(missing_ok=True)
-        with half_done.open("xb") as file:
-            for part in parts:
-                written += len(part)
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_durably(half_done, parts)
         half_done.replace(path)
         sync(path.parent)
     except OSError as error:
-        raise refused(error, path, written) from error
+        raise refused(error, path) from error
     finally:
         with contextlib.suppress(OSError):
             half_done.unlink(missing_ok=True)
@@ -231,9 +226,10 @@ def refused(error: OSError, path: Path, needed: int = 0) -> MachineError:
     )
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def _write_durably(path: Path, parts: Iterable[bytes]) -> None:
     with path.open("xb") as file:
-        file.write(content)
+        for part in parts:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
 

@@ -128,12 +128,10 @@ class _Made:
         self.space = " "
 
     def refuse(self, why: str) -> NoReturn:
-        raise InputError(
-            "E310",
-            f"tokenizer for {self.target}",
-            f"cannot be written: {why}",
-            "export to a Hugging Face folder, which holds every tokenizer:  --to hf",
-        )
+        fix = "export to a Hugging Face folder, which holds every tokenizer:  --to hf"
+        if self.target == "llama2.c":
+            fix = f"write the weights alone with --no-tokenizer-file, or {fix}"
+        raise InputError("E310", f"tokenizer for {self.target}", f"cannot be written: {why}", fix)
 
     def words(self) -> str | None:
         """llama.cpp's name for how words are cut; None for SentencePiece. Sets prefix and space for the latter."""

@@ -13,10 +13,11 @@ read as UTF-8. Decoding, streaming and counting bits per byte all rest on that o
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Core
 
 from babyllama.errors import InputError
@@ -48,7 +49,7 @@ EOS_NAMES = (EOS, "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")
 
 LARGEST_FILE = 32 * 2**20  # bytes; the tokenizer.json of Llama 3 has 9 or 17 MB
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 CONFIGS = (*FILES[1:], "generation_config.json")
 IN_A_FOLDER = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
 
@@ -57,9 +58,13 @@ class Tokenizer:
     """Text <-> ids of one vocabulary.
 
     bos_id, eos_id  begin and end a document; `eos_ids` holds every id at which generation stops.
-    special_ids     control tokens: they add nothing to the text, and no text encodes to them.
+    special_ids     control tokens: they add nothing to the text, and no text encodes to them; `special_names` as
+                    the files spell them.
     vocab_size      highest id + 1.
     sha256          of tokenizer.json.
+    puts_bos        whether other programs put BOS before a text, because tokenizer.json says so.
+    chat_template   the jinja template that came with it, as it is (text/chat.py renders it); None: there is none.
+    named_tokens    what the files call "bos_token", "eos_token" and so on; templates use these names.
 
     `decode(encode(text, bos=True)) == text` for every string, of tokenizers trained here and of llama2.c's;
     with a vocabulary from elsewhere, as far as its own normalisation allows.
@@ -72,7 +77,12 @@ class Tokenizer:
         to_bytes = _token_reader(layout, where)
         vocab, added = layout.vocab, layout.added
         self.vocab_size = len(vocab)
-        self.special_ids = frozenset(id for id, special in added.items() if special)
+        self.chat_template, self.named_tokens = _for_chats(files)
+        names = {id: token for token, id in vocab.items() if id in added}
+        ordinary = (names[id] for id, special in added.items() if not special)
+        hidden = _control_tokens_not_called_so(ordinary, self.chat_template or "")
+        self.special_names = {id: name for id, name in names.items() if added[id] or name in hidden}
+        self.special_ids = frozenset(self.special_names)
         self._pieces = [b""] * self.vocab_size
         for token, id in vocab.items():
             if id not in self.special_ids:
@@ -82,9 +92,13 @@ class Tokenizer:
         self._files = {name: files[name] for name in FILES if name in files}
         self.sha256 = hashlib.sha256(data).hexdigest()
         self._core = core = _core(data, layout, where)
+        self._added = core.get_added_tokens_decoder()
+        core.add_special_tokens([AddedToken(name, special=True) for name in hidden])
+        self._marks, self._marked = dict[int, str](), dict[int, int]()
         # SentencePiece puts a space before every text, so that a word has one form wherever it stands.
         first = core.encode("a", add_special_tokens=False).ids[:1]
         self._prefixes_space = any(self._pieces[id].startswith(b" ") for id in first)
+        self.puts_bos = core.encode("a").ids[:1] == [self.bos_id]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, exact: bool = True) -> "Tokenizer":
@@ -117,7 +131,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        core.train_from_iterator((_valid(text) for text in texts), trainer)
+        core.train_from_iterator((valid(text) for text in texts), trainer)
         largest = core.get_vocab_size()
         if exact and largest < vocab_size:
             raise InputError(
@@ -151,12 +165,46 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of text; the names of control tokens inside it are ordinary characters. Raises E302."""
-        ids = self._core.encode(_valid(text), add_special_tokens=False).ids
+        ids = self._core.encode(valid(text), add_special_tokens=False).ids
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def marks(self, ids: Iterable[int]) -> dict[int, str]:
+        """For each of these control tokens a name that stands for it in `encode_marked`, and that nobody can type.
+
+        It is drawn at random (80 bits) from characters for private use, which have no upper case and are no space.
+        """
+        fresh = sorted({*ids} - self._marks.keys())
+        for id in fresh:
+            assert id in self.special_ids, id
+            self._marks[id] = "".join(chr(0xF0000 + secrets.randbelow(0xFFFD)) for _ in range(5)) + chr(
+                0x100000 + len(self._marks) % 0xFFFD
+            )
+        added = [
+            AddedToken(
+                self._marks[id],
+                single_word=self._added[id].single_word,
+                lstrip=self._added[id].lstrip,
+                rstrip=self._added[id].rstrip,
+                normalized=self._added[id].normalized,
+                special=False,  # or the core would take it for text
+            )
+            for id in fresh
+        ]
+        self._core.add_tokens(added)
+        self._marked |= {self._core.token_to_id(self._marks[id]) or 0: id for id in fresh}
+        return {id: self._marks[id] for id in ids}
+
+    def encode_marked(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode` of a text in which marks become control tokens; and where in it each id begins and ends.
+
+        All of it in one go, so that merges go across wherever no control token stands. Raises E302.
+        """
+        encoding = self._core.encode(valid(text), add_special_tokens=False)
+        return [self._marked.get(id, id) for id in encoding.ids], encoding.offsets
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        texts = [_valid(text) for text in texts]
+        texts = [valid(text) for text in texts]
         return [encoding.ids for encoding in self._core.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -207,7 +255,7 @@ class Tokenizer:
         return {**made, **self._files}
 
 
-def _valid(text: str) -> str:
+def valid(text: str) -> str:
     """text itself. Raises E302 for a lone surrogate, half of a character that UTF-8 cannot write."""
     if not text.isascii():
         try:
@@ -361,3 +409,31 @@ def _ends(
     if not stops:
         broken(where, "names no token that ends a text (eos_token in a tokenizer_config.json beside it)")
     return begins[0], stops[0], frozenset(stops)
+
+
+def _for_chats(files: Mapping[str, bytes]) -> tuple[str | None, dict[str, str]]:
+    """The chat template, wherever newer and older programs keep it, and the tokens that have a name."""
+    named: dict[str, str] = {}
+    template = None
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # where they differ, the latter holds
+        config = parse(files[name], name) if name in files else {}
+        for key, value in config.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(text, str):
+                named[key] = text
+        template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}.get(
+            "default"
+        )
+    if "chat_template.jinja" in files:
+        template = files["chat_template.jinja"].decode("utf-8", "replace")
+    return template if isinstance(template, str) else None, named
+
+
+def _control_tokens_not_called_so(names: Iterable[str], template: str) -> set[str]:
+    """Of added tokens that tokenizer.json does not call special, those like <|im_start|> that a chat template writes.
+
+    If they were left as they are, a person could type them.
+    """
+    return {name for name in names if re.fullmatch(r"<\|.+\|>", name) and name in template}
