@@ -23,11 +23,13 @@ MAY_IMPORT = {
     "checkpoint": {"model", "text", "errors"},
     "train": {"model", "data", "checkpoint", "text", "errors", "machine", "costs"},
     "generate": {"model", "text", "errors"},
+    "measure": {"model", "text", "data.questions", "generate.cache", "errors"},
     "costs": {"model", "errors"},
     "machine": {"model", "errors"},
 }
 MAY_IMPORT |= {"api": {*MAY_IMPORT}, "__init__": {*MAY_IMPORT, "api"}}
 MAY_IMPORT |= {"terminal": {*MAY_IMPORT}}
+MAY_IMPORT |= {"harness": {"api", *MAY_IMPORT["api"]}}
 MAY_IMPORT |= {"cli": {*MAY_IMPORT}, "__main__": {"cli"}}
 EXCEPT = {
     ("train/__init__.py", "babyllama.api.train")

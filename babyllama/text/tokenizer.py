@@ -57,6 +57,7 @@ class Tokenizer:
     """Text <-> ids of one vocabulary.
 
     bos_id, eos_id  begin and end a document; `eos_ids` holds every id at which generation stops.
+    adds_bos        whether other programs, which do as tokenizer.json says, put BOS before a text.
     special_ids     control tokens: they add nothing to the text, and no text encodes to them.
     vocab_size      highest id + 1.
     sha256          of tokenizer.json.
@@ -92,6 +93,7 @@ class Tokenizer:
         # SentencePiece puts a space before every text, so that a word has one form wherever it stands.
         first = core.encode("a", add_special_tokens=False).ids[:1]
         self._prefixes_space = any(self._pieces[id].startswith(b" ") for id in first)
+        self.adds_bos = core.encode("a").ids[:1] == [self.bos_id]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, exact: bool = True) -> "Tokenizer":
