@@ -3,8 +3,8 @@
     trunk      what the continuations of one context begin with, worked on once
     branches   how each goes on from there, from the trunk's keys and values
 
-        Question: What can be lit?\\nAnswer: a ─┬─ candle
-                                               └─ stone
+        A lamp gives light, and so does a ─┬─ candle.
+                                           └─ fire in the stove.
 
 Only tokens of continuations are scored, and the last token of each is never an input.
 """
@@ -86,7 +86,7 @@ def likelihoods(model: Llama, pairs: Sequence[Pair], progress: Progress | None =
     A context that leaves its continuation too little room is cut from the left. A continuation that is itself longer
     than the model's context is scored in windows, each token once; all but the first window begin full.
 
-    Raises NumericalError E502 when a logit is not finite; MachineError E404 where memory is short.
+    Raises NumericalError E502 when a logit is not finite; MachineError E404 without memory for the cache.
     Source: [lm-eval] utils.py, get_rolling_token_windows.
     """
     wanted: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -132,9 +132,7 @@ class _Tree:
     before: tuple[int, ...]
     targets: list[tuple[int, ...]]
     trunk: tuple[int, ...]
-    branches: list[
-        tuple[int, ...]
-    ]  # one for each of the targets; empty where the trunk holds all of its inputs
+    branches: list[tuple[int, ...]]  # of each of the targets; empty where the trunk holds all inputs
 
     @classmethod
     def of(cls, before: tuple[int, ...], targets: list[tuple[int, ...]]) -> "_Tree":
