@@ -37,11 +37,18 @@ class Twins(NamedTuple):
         return float(logits[range(len(after)), targets].sum()), bool((logits.argmax(-1) == targets).all())
 
 
-def twins_of(model: Llama, tokenizer: Tokenizer, folder: Path) -> Twins:
-    for name, data in model_files(model.config, model.state_dict(), tokenizer).items():
-        (folder / name).write_bytes(data)
-    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return Twins(model.eval(), tokenizer, theirs, AutoTokenizer.from_pretrained(folder))
+@pytest.fixture(scope="session")
+def twins_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Llama, Tokenizer], Twins]:
+    """twins_of(model, tokenizer): transformers opens what this project writes."""
+
+    def make(model: Llama, tokenizer: Tokenizer) -> Twins:
+        folder = tmp_path_factory.mktemp("model")
+        for name, data in model_files(model.config, model.state_dict(), tokenizer).items():
+            (folder / name).write_bytes(data)
+        theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return Twins(model.eval(), tokenizer, theirs, AutoTokenizer.from_pretrained(folder))
+
+    return make
 
 
 @pytest.fixture(scope="session")
