@@ -21,7 +21,7 @@ from babyllama.errors import InputError, MachineError, UsageError
 LONGEST_ROW = 2**20  # bytes; the longest that is there has 5,674
 BROKEN = (  # what reading a damaged member can raise
     *(OSError, EOFError, zlib.error, zipfile.BadZipFile),
-    *(ValueError, LookupError, TypeError, RecursionError),
+    *(ValueError, LookupError, TypeError, AttributeError, RecursionError),
 )
 
 

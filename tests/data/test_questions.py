@@ -140,6 +140,7 @@ DAMAGES = {
     "no JSON": gzip.compress(b"{\n"),
     "not UTF-8": gzip.compress(b'"\xff"\n'),
     "a list": packed([[]]),
+    "a doc that is a list": packed([{**ASKED[0], "doc": []}]),
     "a name missing": packed([{**ASKED[0], "request": {}}]),
     "no label": packed([{name: each for name, each in row.items() if name != "label"} for row in ASKED]),
     "an answer that is not there": packed([*({**each, "label": 2} for each in ASKED[:2]), *ASKED[2:]]),
