@@ -29,7 +29,7 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ImportError as error:
-    missing = MachineError("E406", "babyllama.harness", "needs the library lm-eval", "pip install lm-eval")
+    missing = MachineError("E406", "babyllama.harness", "needs the library lm-eval", "pip install lm_eval")
     if __name__ != "__main__":
         raise missing from error
     from babyllama.terminal import show_error
