@@ -7,6 +7,8 @@ llama = babyllama.load("runs/tales")
 print(llama.generate("Once upon a time", max_tokens=200, temperature=0.8, top_p=0.95, seed=1))
 """
 
+import difflib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,16 +29,20 @@ from babyllama.checkpoint.open import FIX, open_llama
 from babyllama.checkpoint.run import RUN_JSON, Run, locked
 from babyllama.checkpoint.verify import Verdict
 from babyllama.checkpoint.verify import verify as verify_export
-from babyllama.data.corpus import Corpus, prepare
+from babyllama.data import library
+from babyllama.data.corpus import Corpus, prepare, whole_text
+from babyllama.data.documents import Reading
+from babyllama.data.questions import SETS, questions
 from babyllama.errors import InputError, NumericalError, UsageError
 from babyllama.generate.engine import Generation, Token, generate
 from babyllama.generate.sample import Sampling
+from babyllama.measure.choices import Marks, ask
 from babyllama.model import Config, Llama
 from babyllama.text.chat import ChatTemplate, Messages
 from babyllama.text.stream import TextStream
 from babyllama.text.tokenizer import Tokenizer
 from babyllama.train import law, loop
-from babyllama.train.evaluate import score
+from babyllama.train.evaluate import Score, score
 from babyllama.train.recipe import (
     Forecast,
     Plan,
@@ -158,18 +164,23 @@ def resume(
     with locked(Path(path)):
         run = Run(Path(path))
         chosen = plan_from_json(run.settings["plan"])
-        places = [run.path / place for place in run.settings["data"]]  # an absolute path stays what it is
-        data = next((place for place in places if Corpus.stands_in(place)), places[0])
-        corpus = Corpus.open(data)
-        if corpus.fingerprint != run.settings["fingerprint"]:
-            fix = "restore the data, or start a new run"
-            raise InputError("E307", str(data), "is not the data that this run was started with", fix)
+        corpus = _corpus_of(run)
         if chosen.device != "cpu" and not machine.has_device(chosen.device):
             chosen = replace(chosen, device=machine.best_device(), precision="float32")
         check_device(chosen.device)
         speed = machine.measure_precision(chosen.device)
         _train(run, Planned(chosen, corpus, _forecast(chosen, corpus, speed)), step, tell)
     return run
+
+
+def _corpus_of(run: Run) -> Corpus:
+    places = [run.path / place for place in run.settings["data"]]  # an absolute path stays what it is
+    data = next((place for place in places if Corpus.stands_in(place)), places[0])
+    corpus = Corpus.open(data)
+    if corpus.fingerprint != run.settings["fingerprint"]:
+        fix = "restore the data, or start a new run"
+        raise InputError("E307", str(data), "is not the data that this run was started with", fix)
+    return corpus
 
 
 def _train(
@@ -473,3 +484,124 @@ class LoadedLlama:
         ids, lengths = np.asarray(self.encode(text)), self.tokenizer.byte_lengths
         after_bos = self.tokenizer.bos_id, lengths(self.tokenizer.bos_id)
         return score(self.model, ids, lengths(), self.config.max_seq_len, after_bos=after_bos).bits_per_byte
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model made of the first `items` of `items_in_all`: documents of a text, or questions of a set."""
+
+    on: str
+    items: int
+    items_in_all: int
+    result: Score | Marks
+
+
+def evaluate(
+    model: "str | Path | LoadedLlama",
+    on: Sequence[str | Path] = (),
+    *,
+    limit: int | None = None,
+    step: int | None = None,
+    tokenizer: str | Path | None = None,
+    field: str = "text",
+    encoding: str = "utf-8",
+    on_bad_text: str = "error",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Evaluation]:
+    """Measure a model: bits per byte of texts, marks of sets of questions, each with its error bar.
+
+    model     what `load` opens, with `step` and `tokenizer`; or what it returned.
+    on        texts (a file, a folder, a named text, or prepared data, of which what is held out) and names of
+              data.questions.SETS. None: the text that a run holds out, all of it, as the run itself does at its end.
+    limit     only the first so many documents or questions of each.
+    progress  is told (what it is on, done, in all).
+
+    Raises UsageError E102, E103; what `load` and data.corpus.prepare raise; InputError E308 (neither a text nor a
+    set), E309 (data prepared with another tokenizer); MachineError E405, E407 (the package of questions);
+    NumericalError E502.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError("E102", "--limit", f"{limit}, expected 1 or more", "leave it out to measure on all")
+    reading = Reading(field=field, encoding=encoding, on_bad_text=on_bad_text)
+    for each in on:
+        _check_known(each)
+    held_out = None
+    if not on:
+        if isinstance(model, LoadedLlama) or not (Path(model) / RUN_JSON).is_file():
+            found = "nothing to measure on, and no run, which has a text held out"
+            raise UsageError("E103", "--on", found, "name a text or a set:  --on hellaswag")
+        held_out = _corpus_of(Run(Path(model)))
+    llama = model if isinstance(model, LoadedLlama) else load(model, step=step, tokenizer=tokenizer)
+    if held_out is not None:
+        return [_evaluate_corpus(llama, held_out, f"text held out of {model}", limit, progress)]
+    done = []
+    for each in on:
+        if isinstance(each, str) and each in SETS:
+            asked = questions(each, limit)
+            marks = ask(llama.model, llama.tokenizer, asked, _named(progress, each))
+            done.append(Evaluation(each, len(asked), SETS[each].questions, marks))
+        elif Corpus.stands_in(Path(each)):
+            done.append(
+                _evaluate_corpus(llama, Corpus.open(each), f"text held out of {each}", limit, progress)
+            )
+        else:
+            ids, documents = whole_text(each, llama.tokenizer, reading, limit)
+            scored = _bits_per_byte(llama, ids, _named(progress, str(each)))
+            done.append(Evaluation(str(each), documents, documents, scored))
+    return done
+
+
+def _check_known(on: str | Path) -> None:
+    """Raises InputError E308 for what is neither a text nor a set, UsageError E103 for the name of a set and a file."""
+    if isinstance(on, str) and on in SETS and Path(on).exists():
+        fix = f"give the one that lies here by its path:  ./{on}"
+        raise UsageError("E103", on, "is the name of a set of questions, and of a file or folder here", fix)
+    names = [*library.NAMES, *SETS]
+    if str(on) not in names and not str(on).startswith("hub:") and not os.path.lexists(on):
+        nearest = difflib.get_close_matches(str(on), names, n=1, cutoff=0.0)[0]
+        found = f"no such file, folder, text or set; there are {', '.join(names)} and hub:NAME"
+        raise InputError("E308", str(on), found, f"give a path, or the nearest name:  {nearest}")
+
+
+def _evaluate_corpus(
+    llama: LoadedLlama,
+    corpus: Corpus,
+    on: str,
+    limit: int | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> Evaluation:
+    """On what a corpus holds out: whole documents from its beginning."""
+    if corpus.tokenizer.sha256 != llama.tokenizer.sha256:
+        found = "was prepared with another tokenizer than the model's"
+        raise InputError("E309", str(corpus.folder), found, "give the text itself")
+    ids, documents = np.asarray(corpus.val_ids), corpus.val_documents
+    if limit is not None and limit < documents:
+        marks = 2 if corpus.tokenizer.bos_id == corpus.tokenizer.eos_id else 1  # of a document
+        ids = ids[: np.flatnonzero(ids == corpus.tokenizer.eos_id)[limit * marks - 1] + 1]
+        documents = limit
+    return Evaluation(on, documents, corpus.val_documents, _bits_per_byte(llama, ids, _named(progress, on)))
+
+
+def _bits_per_byte(llama: LoadedLlama, ids: np.ndarray, progress: Callable[[int, int], None]) -> Score:
+    context, lengths, bos = llama.config.max_seq_len, llama.tokenizer.byte_lengths, llama.tokenizer.bos_id
+    done, total = 0, math.ceil((len(ids) - 1) / max(1, context // 2))
+
+    def logits(tokens: Tensor) -> Tensor:
+        nonlocal done
+        progress(done, total)
+        done += len(tokens)
+        return llama.model(tokens)
+
+    found = score(logits, ids, lengths(), context, after_bos=(bos, lengths(bos)))
+    progress(total, total)
+    if not math.isfinite(found.bits_per_byte):
+        what = f"bits per byte are {found.bits_per_byte}"
+        raise NumericalError("E502", "the model", what, "check the weights that it was loaded from")
+    return found
+
+
+def _named(progress: Callable[[str, int, int], None] | None, on: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(on, done, total) if progress is not None else None

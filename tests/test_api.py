@@ -18,8 +18,10 @@ from babyllama.api import LoadedLlama, Planned, load, load_config
 from babyllama.checkpoint.folder import verify_folder
 from babyllama.checkpoint.hf import build, model_files
 from babyllama.checkpoint.run import Run
+from babyllama.data.questions import Question
 from babyllama.errors import BabyLlamaError, InputError, NumericalError, UsageError
 from babyllama.generate.engine import Token
+from babyllama.measure.choices import ask
 from babyllama.model import Config, Llama
 from babyllama.text.tokenizer import BOS, EOS, Tokenizer
 from babyllama.train.evaluate import score
@@ -525,3 +527,115 @@ def test_the_bos_of_a_tokenizer_is_its_own_and_not_a_default_of_the_model(tmp_pa
     core.write_bytes(ours.files()["tokenizer.json"])
     PreTrainedTokenizerFast(tokenizer_file=str(core), bos_token=BOS, eos_token=EOS).save_pretrained(tmp_path)
     assert api.load(tmp_path).encode("x") == ours.encode("x", bos=True)
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+QUESTIONS = [
+    Question((("Once upon a", " time"), ("Once upon a", " swan sang")), 0),
+    Question((("The little", " king"), ("The little", " tree slept"), ("The little", " 😀")), 2),
+]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A set of two questions, which nothing has to be downloaded for."""
+    monkeypatch.setattr(api, "questions", lambda name, limit: QUESTIONS[:limit])
+    return "piqa"
+
+
+def test_a_run_is_measured_on_what_it_holds_out_with_the_figure_it_told_itself(trained):
+    run, events = trained
+    (found,) = api.evaluate(run.path, step=run.steps()[-1])
+    last = events[-1].score
+    assert found.result.bits_per_byte == pytest.approx(last.bits_per_byte, rel=1e-5)
+    assert found.result.error == pytest.approx(last.error, rel=1e-4)
+    assert (found.result.tokens, found.result.bytes) == (last.tokens, last.bytes)
+    corpus = api.Corpus.open(run.path / "data")
+    assert found.items == found.items_in_all == corpus.val_documents
+    assert str(run.path) in found.on and found.result.bytes == corpus.val_bytes
+
+
+def test_prepared_data_are_measured_on_what_they_hold_out(trained):
+    run, _ = trained
+    (whole,) = api.evaluate(run.path)
+    (same,) = api.evaluate(run.path, [run.path / "data"])
+    assert same.result == whole.result and same.items == whole.items
+
+
+def test_a_limit_takes_the_first_documents_of_what_is_held_out(trained):
+    run, _ = trained
+    corpus, llama = api.Corpus.open(run.path / "data"), load(run.path)
+    (found,) = api.evaluate(run.path, limit=1)
+    ends = np.flatnonzero(corpus.val_ids == corpus.tokenizer.eos_id)
+    ids = corpus.val_ids[: ends[0] + 1]
+    lengths = llama.tokenizer.byte_lengths()
+    assert found.result == score(llama.model, np.asarray(ids), lengths, llama.config.max_seq_len)
+    assert (found.items, found.items_in_all) == (1, corpus.val_documents) and len(ends) > 1
+    assert api.evaluate(run.path, limit=10**6) == api.evaluate(run.path)
+
+
+def test_a_text_is_measured_as_documents_between_bos_and_eos(llama, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT * 2, encoding="utf-8")
+    (tmp_path / "b.txt").write_text(" \n", encoding="utf-8")
+    (tmp_path / "c.md").write_text(TEXT.upper(), encoding="utf-8")
+    tokenizer, told = llama.tokenizer, []
+    ids = [id for text in (TEXT * 2, TEXT.upper()) for id in tokenizer.encode(text, bos=True, eos=True)]
+    expected = score(llama.model, np.array(ids), tokenizer.byte_lengths(), CONTEXT)
+    (found,) = api.evaluate(llama, [tmp_path], progress=lambda *each: told.append(each))
+    assert found.result == expected and found.result.bytes == len((TEXT * 2 + TEXT.upper()).encode())
+    assert (found.on, found.items, found.items_in_all) == (str(tmp_path), 2, 2)
+    assert told[0] == (str(tmp_path), 0, told[-1][2]) and told[-1][1] == told[-1][2] and told == sorted(told)
+    (first,) = api.evaluate(llama, [tmp_path], limit=1)
+    assert first.items == 1 and first.result.bytes == len((TEXT * 2).encode())
+
+
+def test_a_text_of_another_form_is_read_as_it_is_said_to_be(llama, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json.dumps({"story": TEXT}).encode("utf-16"))
+    (found,) = api.evaluate(llama, [tmp_path / "a.jsonl"], encoding="utf-16", field="story")
+    assert found.result.bytes == len(TEXT.encode())
+    refused("E302", api.evaluate, llama, [tmp_path / "a.jsonl"])
+
+
+def test_sets_and_texts_are_measured_in_the_order_in_which_they_are_named(run, asked, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    found = api.evaluate(run.path, [asked, tmp_path / "a.txt", asked], step=30)
+    assert [each.on for each in found] == ["piqa", str(tmp_path / "a.txt"), "piqa"]
+    llama = load(run.path, step=30)
+    assert found[0].result == found[2].result == ask(llama.model, llama.tokenizer, QUESTIONS)
+    assert (found[0].items, found[0].items_in_all) == (2, 1838)
+    assert [each.items for each in api.evaluate(run.path, [asked], limit=1)] == [1]
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused_whatever_it_limits(llama, tmp_path, limit):
+    refused("E102", api.evaluate, llama, ["hellaswag"], limit=limit)
+    refused("E102", api.evaluate, llama, [tmp_path], limit=limit)
+
+
+def test_what_there_is_nothing_to_measure_on_is_refused_before_anything_is_opened(
+    run, llama, tmp_path, monkeypatch
+):
+    for model in (llama, run.folder(20), tmp_path / "nothing"):
+        assert refused("E103", api.evaluate, model).where == "--on"
+    for name, nearest in (("helaswag", "hellaswag"), ("fairytales", "fairy-tales"), ("arc_easy", "arc-easy")):
+        error = refused("E308", api.evaluate, tmp_path / "nothing", ["lambada", name])
+        assert error.fix.endswith(nearest) and "winogrande" in error.found and "shakespeare" in error.found
+    monkeypatch.chdir(tmp_path)
+    Path("lambada").write_text(TEXT, encoding="utf-8")
+    error = refused("E103", api.evaluate, llama, ["lambada"])
+    (found,) = api.evaluate(llama, [error.fix.split()[-1]])
+    assert found.result.bytes == len(TEXT.encode())
+
+
+def test_texts_that_cannot_be_measured_are_refused(llama, trained, tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n \n", encoding="utf-8")
+    refused("E301", api.evaluate, llama, [tmp_path / "blank.txt"])
+    refused("E309", api.evaluate, llama, [trained[0].path / "data"])
+
+
+def test_a_model_that_says_no_numbers_is_refused(tokenizer, tmp_path):
+    model = Llama(config(tokenizer))
+    model.norm.weight.data.fill_(math.nan)
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    refused("E502", api.evaluate, LoadedLlama(config(tokenizer), tokenizer, model), [tmp_path / "a.txt"])

@@ -1,6 +1,7 @@
 """The command line: each verb does what it says, on any terminal, and a signal never costs more than a step."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from rich.console import Console
 
-from babyllama import api, cli, machine
+from babyllama import api, cli, machine, terminal
 from babyllama.checkpoint.run import Run
 from babyllama.cli import app, main
 from babyllama.data import library
-from babyllama.data.documents import Document
+from babyllama.data.documents import Document, Reading, read_file
+from babyllama.data.questions import Question
 from babyllama.errors import BabyLlamaError
 from babyllama.generate.engine import Token
 from babyllama.generate.sample import STRATEGIES
@@ -231,6 +234,71 @@ def test_info_shows_a_run_and_a_bare_config_alike(run, said):
     assert max(map(len, shown.splitlines()[1:])) <= 80
 
 
+QUESTIONS = [
+    Question((("There was", " once"), ("There was", " twice a king")), 0),
+    Question((("the youngest", " was called"), ("the youngest", " three")), 1),
+    Question((("There was once a king who had three", " sons"),), 0),
+]
+
+
+@pytest.mark.parametrize("columns", [60, 120])
+def test_eval_shows_figures_with_their_errors_beside_guessing(run, book, said, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(api, "questions", lambda name, limit: QUESTIONS[:limit])
+    shown = said("eval", run, "--on", "piqa", "--on", book)
+    figure = r"\d[\d,.]*(e\+\d+)?"
+    assert "piqa: 3 of 1,838 questions\n" in shown
+    assert f"{book}: {len(list(read_file(book, Reading())))} document" in shown
+    assert f"{book.stat().st_size:,} bytes\n" in shown, "on one line, however long"
+    figures = [line.split() for line in shown.splitlines() if line.startswith("  ")]
+    assert [line[0] for line in figures] == ["acc", "acc_norm", "perplexity", "bits"]
+    for line in figures:
+        assert re.fullmatch(rf"\w+ (per byte )?{figure}( ± {figure})?( guessing (0.333|8))?", " ".join(line))
+    assert [line[-2:] for line in figures if line[0].startswith("acc")] == [["guessing", "0.333"]] * 2
+    assert figures[-1][-2:] == ["guessing", "8"] and "guessing" not in figures[2]
+    assert max(len(line.rstrip()) for line in shown.splitlines() if line.startswith("  ")) <= 60
+
+
+def test_eval_of_a_run_tells_the_figure_of_its_training(book, tmp_path, said):
+    trained = said("train", book, "--out", tmp_path / "run", "--steps", 4, *FAST)
+    shown = said("eval", tmp_path / "run", "--step", 4)
+    told = re.search(r"Done after 4 steps: (\S+) bits per byte ± (\S+)", trained)
+    found = re.search(r"bits per byte +(\S+) +± (\S+) +guessing 8", shown)
+    assert told is not None and found is not None and told.groups() == found.groups()
+
+
+def test_eval_prints_json_and_nothing_else(run, book, said, monkeypatch):
+    monkeypatch.setattr(api, "questions", lambda name, limit: QUESTIONS[:limit])
+    found = json.loads(said("eval", run, "--on", "piqa", "--on", book, "--limit", 2, "--json"))
+    assert found["model"] == str(run) and [each["on"] for each in found["results"]] == ["piqa", str(book)]
+    marks, score = (each["result"] for each in found["results"])
+    assert found["results"][0]["items"] == 2 == marks["questions"]
+    assert (
+        set(marks["acc"]) == {"value", "error"} and marks["perplexity"] is None and marks["guessing"] == 0.5
+    )
+    assert 0 < score["bits_per_byte"] < 20 and score["bytes"] > 0
+
+
+def test_eval_says_what_is_wrong(run, said, capsys):
+    for arguments, status, code in (
+        (["--limit", 0], 2, "E102"),
+        (["--on", "helaswag"], 3, "E308"),
+        (["--step", 99], 3, "E207"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["eval", str(run), *map(str, arguments)])
+        assert left.value.code == status and code in capsys.readouterr().err
+
+
+def test_a_bar_shows_on_stderr_how_far_a_measurement_is(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "errors", Console(file=screen, force_terminal=True, width=60))
+    with terminal.measuring() as told:
+        told("a[bold]b", 1, 4)
+        told("a[bold]b", 3, 4)
+    assert "75 %" in screen.getvalue() and "a[bold]b" in screen.getvalue()
+
+
 def test_doctor_says_what_there_is_and_that_it_computes_rightly(said):
     shown = said("doctor")
     for part in ("torch", "memory", "float32", "FLOP/s", "passed", "Training would use"):
@@ -313,7 +381,7 @@ def test_the_help_of_the_program_lists_every_verb_and_the_exit_statuses(said):
     shown = said("--help")
     assert max(map(len, shown.splitlines())) <= 80
     assert all(re.search(rf"│ {verb} +\w", shown) for verb in VERBS)
-    assert {"story", "train", "generate", "data", "info", "doctor"} <= set(VERBS)
+    assert {"story", "train", "generate", "data", "eval", "info", "doctor"} <= set(VERBS)
     for status in ("2 usage", "3 bad input", "4 disk", "5 numbers", "130 or 143"):
         assert status in " ".join(shown.replace("│", " ").split())
 

@@ -210,6 +210,33 @@ def prepare(
     return Corpus.open(out)
 
 
+def whole_text(
+    source: str | Path, tokenizer: Tokenizer, reading: Reading, limit: int | None = None
+) -> tuple[NDArray[Any], int]:
+    """The ids of a text (see `prepare`) as a prepared folder would hold them, and how many documents these are.
+
+    Nothing is split off and no duplicate left out, only documents of white space; the first `limit` that remain.
+
+    Raises what `prepare` raises of a text that cannot be read.
+    """
+    texts = _open(source, None, reading)
+    packed, waiting, counted, characters = bytearray(), list[str](), 0, 0
+    for document in texts.read():
+        if document.text.strip():
+            counted += 1
+            waiting.append(document.text)
+            characters += len(document.text)
+        if characters >= BATCH:
+            packed += _pack(tokenizer.encode_batch(waiting), tokenizer)
+            waiting, characters = [], 0
+        if counted == limit:
+            break
+    if not counted:
+        raise InputError("E301", texts.label, "holds no text, at most white space", "give a text")
+    packed += _pack(tokenizer.encode_batch(waiting), tokenizer)
+    return np.frombuffer(packed, _dtype(tokenizer.vocab_size)), counted
+
+
 def default_vocab_size(bytes: int) -> int:
     """The vocabulary that suits a training text of so many bytes: about one id for each 1000, a power of two.
 
@@ -244,7 +271,7 @@ class _Source:
         return _Source(label=self.label, read=read, size=self.size, skipped=self.skipped)
 
 
-def _open(source: str | Path, out: Path, reading: Reading) -> _Source:
+def _open(source: str | Path, out: Path | None, reading: Reading) -> _Source:
     """Raises E103 when the name of a text is that of a file here too, or when `out` is or holds the source; E301,
     E305, E308, E403."""
     label, path = str(source), Path(source)
@@ -255,7 +282,7 @@ def _open(source: str | Path, out: Path, reading: Reading) -> _Source:
         return _Source(label=label, read=lambda: library.named(source, reading))
     if not path.exists() and not path.is_symlink():
         raise library.unknown(label)
-    if out.resolve() in (place := path.resolve(), *place.parents):
+    if out is not None and out.resolve() in (place := path.resolve(), *place.parents):
         raise UsageError("E103", "--out", f"{out} holds the text itself", "choose another folder:  --out DIR")
     files, skipped = find_files(path, reading)
     if not files:

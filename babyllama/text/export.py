@@ -65,7 +65,7 @@ def to_gguf(tokenizer: Tokenizer, rows: int | None = None) -> dict[str, Any]:
     held |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     for id in sorted(tokenizer.eos_ids - {tokenizer.eos_id}):
         held.setdefault("eom_token_id" if made.tokens[id] == "<|eom_id|>" else "eot_token_id", id)
-    held["add_bos_token"] = made.adds_bos()
+    held["add_bos_token"] = made.puts_bos()
     held["add_eos_token"] = False
     metadata = {f"tokenizer.ggml.{key}": value for key, value in held.items()}
     if template := made.chat_template():
@@ -200,7 +200,7 @@ class _Made:
                 self.refuse(f"scores do not come to the same as its merges for the token {token!r}")
         return [-float(order[token]) if token in order else 0.0 for token in self.tokens]
 
-    def adds_bos(self) -> bool:
+    def puts_bos(self) -> bool:
         """Whether other programs put BOS before a text with it."""
         after = self.layout.get("post_processor") or {}
         for step in after.get("processors", [after]):

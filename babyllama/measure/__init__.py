@@ -1,0 +1,1 @@
+"""A model -> figures: how likely it holds a text, how many questions it answers."""
