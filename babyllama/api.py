@@ -26,6 +26,8 @@ from babyllama.checkpoint.export import FORMATS
 from babyllama.checkpoint.export import export as write_export
 from babyllama.checkpoint.hf import build, read_config
 from babyllama.checkpoint.open import FIX, open_llama
+from babyllama.checkpoint.pull import MODELS, place_of
+from babyllama.checkpoint.pull import pull as pull
 from babyllama.checkpoint.run import RUN_JSON, Run, locked
 from babyllama.checkpoint.verify import Verdict
 from babyllama.checkpoint.verify import verify as verify_export
@@ -249,17 +251,21 @@ def load_config(path: str | Path) -> Config:
 
 
 def find(path: str | Path, step: int | None = None) -> Path:
-    """Where the model at `path` lies: of a run, its best step, or `step`; else what is there.
+    """Where the model at `path` lies: of a run, its best step, or `step`; of a name, where `pull` put it.
 
     Raises InputError E201 when nothing is there.
     """
-    path = Path(path)
+    name, path = str(path), Path(path)
     if (path / RUN_JSON).is_file():
         run = Run(path)
         return run.checked(run.best() if step is None else step)
     if path.exists():
         return path
-    raise InputError("E201", str(path), "does not exist", FIX)
+    if (name in MODELS or name.startswith("hub:")) and (kept := place_of(name)).is_dir():
+        return kept
+    if name in MODELS or name.startswith("hub:"):
+        raise InputError("E201", name, "is not here yet", f"fetch it first:  babyllama pull {name}")
+    raise InputError("E201", name, "does not exist", FIX)
 
 
 @dataclass(frozen=True)

