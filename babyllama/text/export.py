@@ -188,17 +188,18 @@ class _Made:
         They do if every token, encoded alone, is made by the same last join with both (see `merges_of`).
         """
         normal = [token for token, type in zip(self.tokens, self.types, strict=True) if type == NORMAL]
-        of_pair = {pair: rank for rank, pair in enumerate(self.merges)}
+        of_pair = {pair: float(rank) for rank, pair in enumerate(self.merges)}
         made = {
-            token: last_join(token, lambda a, b: of_pair.get((a, b))) for token in normal if len(token) > 1
+            token: last_join(token, lambda left, right: of_pair.get((left, right), math.inf))
+            for token in normal
+            if len(token) > 1
         }
-        never = math.inf
-        first = {token: of_pair[pair] if (pair := made.get(token)) else never for token in normal}
-        order = {token: rank for rank, token in enumerate(sorted(normal, key=first.__getitem__))}
+        first = {token: of_pair[pair] if (pair := made.get(token)) else math.inf for token in normal}
+        order = {token: float(rank) for rank, token in enumerate(sorted(normal, key=first.__getitem__))}
         for token, pair in made.items():
-            if last_join(token, lambda a, b: order.get(a + b)) != pair:
+            if last_join(token, lambda left, right: order.get(left + right, math.inf)) != pair:
                 self.refuse(f"scores do not come to the same as its merges for the token {token!r}")
-        return [-float(order[token]) if token in order else 0.0 for token in self.tokens]
+        return [-order[token] if token in order else 0.0 for token in self.tokens]
 
     def puts_bos(self) -> bool:
         """Whether other programs put BOS before a text with it."""

@@ -29,6 +29,7 @@ KNOWN_PATTERNS = {LLAMA_3_WORDS, QWEN_2_WORDS, GPT_2_WORDS, FIRST_SPACES, MORE_S
 NORMALIZERS = {"Sequence", "Prepend", "Replace", "NFC", "NFD", "NFKC", "NFKD", "Strip"}
 PRE_TOKENIZERS = {"Sequence", "Split", "ByteLevel", "Digits", "Metaspace"}
 MOST_STEPS = 16
+MOST_QUOTES = 2 * LARGEST_VOCAB + 4 * MOST_MERGES + 2**19  # of tokens, of merges, of all else
 LARGEST_REST = 2**20  # bytes of all but vocabulary and merges; Llama 3's has 60,000
 
 
@@ -48,29 +49,32 @@ class Layout:
         return self.parts["model"]
 
 
-# Both are long and simple: these patterns take them as they stand in the file, in a tenth of a second.
+# Both are long and simple: these patterns find them in the file, and take them apart in pieces that fit in memory.
 _SPACE = rb"[ \t\r\n]*+"
 _STRING = rb'"(?:[^"\\]|\\.){0,1536}+"'  # LONGEST_PIECE letters, each written as \u0123
-_ENTRY = rb"(%b)%b:%b(\d{1,10})" % (_STRING, _SPACE, _SPACE)
-_PAIR = rb"\[%b(%b)%b,%b(%b)%b\]" % (_SPACE, _STRING, _SPACE, _SPACE, _STRING, _SPACE)
-_MERGE = rb"(?:(%b)|%b)" % (_STRING, _PAIR)
+_ENTRY = rb"%b%b:%b\d{1,10}" % (_STRING, _SPACE, _SPACE)
+_PAIR = rb"\[%b%b%b,%b%b%b\]" % (_SPACE, _STRING, _SPACE, _SPACE, _STRING, _SPACE)
+_MERGE = rb"(?:%b|%b)" % (_STRING, _PAIR)
 
 
-def _whole(name: bytes, opens: bytes, one: bytes, closes: bytes) -> re.Pattern[bytes]:
-    one = re.sub(rb"(?<!\\)\((?!\?)", b"(?:", one)  # groups inside would only cost time
-    return re.compile(
-        rb'(?<!\\)"%b"%b:%b(%b%b(?:%b%b(?:,%b)?+)*+%b)'
-        % (name, _SPACE, _SPACE, opens, _SPACE, one, _SPACE, _SPACE, closes),
-        re.DOTALL,
-    )
+def _many(one: bytes, times: bytes) -> bytes:
+    return rb"(?:%b%b(?:,%b)?+)%b+" % (one, _SPACE, _SPACE, times)
 
 
-_VOCAB = _whole(b"vocab", rb"\{", _ENTRY, rb"\}")
-_MERGES = _whole(b"merges", rb"\[", _MERGE, rb"\]")
+_VOCAB = re.compile(
+    rb'(?<!\\)"vocab"%b:%b(\{%b%b\})' % (_SPACE, _SPACE, _SPACE, _many(_ENTRY, b"*")), re.DOTALL
+)
+_MERGES = re.compile(
+    rb'(?<!\\)"merges"%b:%b(\[%b%b\])' % (_SPACE, _SPACE, _SPACE, _many(_MERGE, b"*")), re.DOTALL
+)
+_ENTRIES = re.compile(_many(_ENTRY, b"{1,4096}"), re.DOTALL)
+_PAIRS = re.compile(_many(_MERGE, b"{1,4096}"), re.DOTALL)
 
 
 def read_layout(data: bytes, where: object) -> Layout:
     """Raises E310 for what is no tokenizer.json of a Llama, with little more memory than its tokens take."""
+    if data.count(b'"') > MOST_QUOTES:
+        broken(where, f"holds more texts than {LARGEST_VOCAB} tokens and {MOST_MERGES} merges have")
     spans = []
     for name, pattern in (("vocab", _VOCAB), ("merges", _MERGES)):
         found = pattern.search(data)
@@ -93,18 +97,17 @@ def read_layout(data: bytes, where: object) -> Layout:
         _check_steps(part, parts.get(part), kinds, where)
 
     vocab: dict[str, int] = {}
-    for count, entry in enumerate(re.finditer(_ENTRY, data[slice(*spans[0])], re.DOTALL), 1):
-        vocab[_plain(entry[1], where)] = int(entry[2])
+    for count, (token, id) in enumerate(_each(_ENTRIES, b"{%b}", data, spans[0], where), 1):
+        vocab[token] = id
         if len(vocab) != count:
-            broken(where, f"token {entry[1].decode(errors='replace')} occurs twice")
+            broken(where, f"token {token!r} occurs twice")
         if count > LARGEST_VOCAB:
             broken(where, f"has more than {LARGEST_VOCAB} tokens")
-    for count, merge in enumerate(re.finditer(_MERGE, data[slice(*spans[1])], re.DOTALL)):
-        if count == MOST_MERGES:
+    for count, merge in enumerate(_each(_PAIRS, b"[%b]", data, spans[1], where), 1):
+        left, right = merge if isinstance(merge, list) else merge.partition(" ")[::2]
+        if count > MOST_MERGES:
             broken(where, f"has more than {MOST_MERGES} merges")
-        pair = [_plain(each, where) for each in merge.groups() if each]
-        left, _, right = pair[0].partition(" ") if len(pair) == 1 else (pair[0], "", pair[1])
-        if not (left and right and left in vocab and right in vocab and left + right in vocab):
+        if left not in vocab or right not in vocab or left + right not in vocab or not left or not right:
             broken(
                 where, f"merge {count}, of {left!r} and {right!r}, is not of two tokens whose union is one"
             )
@@ -127,14 +130,21 @@ def parse(data: bytes, where: object) -> dict[str, Any]:
     return value
 
 
-def _plain(string: bytes, where: object) -> str:
-    """The text of a JSON string."""
-    try:
-        text = json.loads(string) if b"\\" in string else string[1:-1].decode()
-        text.encode()  # no half of a surrogate pair
-    except ValueError:
-        broken(where, f"token {string[:80].decode(errors='replace')} is not a text")
-    return text
+def _each(
+    many: re.Pattern[bytes], around: bytes, data: bytes, span: tuple[int, int], where: object
+) -> Iterator[Any]:
+    """The entries of an object, as pairs, or of a list."""
+    at = re.compile(_SPACE).match(data, span[0] + 1).end()  # type: ignore[union-attr]  # white space may be empty
+    while found := many.match(data, at, span[1] - 1):
+        at = found.end()
+        chunk = around % found[0].rstrip(b", \t\r\n")
+        try:
+            entries = json.loads(chunk, object_pairs_hook=list)
+            if b"\\" in chunk:  # only an escape can write half of a surrogate pair
+                json.dumps(entries, ensure_ascii=False).encode()
+        except ValueError:
+            broken(where, f"what stands before byte {at} is not JSON, or no text")
+        yield from entries
 
 
 def _check_model(model: dict[str, Any], where: object) -> None:

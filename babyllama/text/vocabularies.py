@@ -29,7 +29,7 @@ LLAMA_3_WORDS = (
 QWEN_2_WORDS = LLAMA_3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 GPT_2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # What SentencePiece may do to white space.
-FIRST_SPACES, MORE_SPACES, LAST_SPACES = "^ +", " {2,}", r"▁+\z"
+FIRST_SPACES, MORE_SPACES, LAST_SPACES = r"\A +", " {2,}", r"▁+\z"
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
@@ -95,11 +95,11 @@ def merges_of(rank: Mapping[Piece, float], where: object) -> list[tuple[Piece, P
     """
     if sum(len(piece) ** 2 for piece in rank) > MOST_WORK:
         broken(where, "has too many long tokens")
-
-    def union(left: Piece, right: Piece) -> float | None:
-        return rank.get(left + right)
-
-    made = {piece: pair for piece in rank if len(piece) > 1 and (pair := last_join(piece, union))}
+    made = {
+        piece: pair
+        for piece in rank
+        if len(piece) > 1 and (pair := last_join(piece, lambda a, b: rank.get(a + b, math.inf)))
+    }
     equal = Counter(rank[piece] for piece in made)
     alike = [piece for piece in made if equal[rank[piece]] > 1]
     for of in {rank[piece] for piece in alike}:
@@ -133,15 +133,13 @@ def _grow_from_the_left(rank: Mapping[Piece, float], one: Piece, of: float) -> b
     return all(list(joins(length, False)) == list(joins(length, True)) for length in lengths)
 
 
-def last_join(piece: Piece, rank: Callable[[Piece, Piece], float | None]) -> tuple[Piece, Piece] | None:
-    """The two parts that a piece, encoded alone, is in before it is whole; None if it never is."""
+def last_join(piece: Piece, rank: Callable[[Piece, Piece], float]) -> tuple[Piece, Piece] | None:
+    """The two parts that a piece, encoded alone, is in before it is whole; None if it never is.
+
+    rank  of joining two parts, the lowest first; infinite if they are not joined.
+    """
     parts = [piece[at : at + 1] for at in range(len(piece))]
-
-    def of(at: int) -> float:
-        found = rank(parts[at], parts[at + 1])
-        return math.inf if found is None else found
-
-    ranks = [of(at) for at in range(len(parts) - 1)]
+    ranks = [rank(left, right) for left, right in pairwise(parts)]
     while len(parts) > 2:
         best = min(ranks)
         if best == math.inf:
@@ -149,9 +147,8 @@ def last_join(piece: Piece, rank: Callable[[Piece, Piece], float | None]) -> tup
         at = ranks.index(best)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
         del ranks[at]
-        for beside in (at - 1, at):
-            if 0 <= beside < len(ranks):
-                ranks[beside] = of(beside)
+        for beside in range(max(at - 1, 0), min(at + 1, len(ranks))):
+            ranks[beside] = rank(parts[beside], parts[beside + 1])
     return (parts[0], parts[1]) if ranks[0] < math.inf else None
 
 
@@ -420,7 +417,7 @@ def from_tiktoken(data: bytes, where: object, names: Sequence[str] = LLAMA_3_1) 
         if not line or lines == LARGEST_VOCAB:
             broken(where, f"line {lines + 1} is not a token of at most {LONGEST_PIECE} bytes and its rank")
         try:
-            rank[base64.b64decode(line[1], validate=True)] = int(line[2])
+            rank[base64.b64decode(line[1], validate=True)] = float(line[2])
         except ValueError:
             broken(where, f"line {lines + 1} is not base64")
         at = line.end()
