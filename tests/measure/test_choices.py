@@ -138,6 +138,7 @@ def test_acc_norm_is_per_character_without_the_space_before():
     marks = marked([" größe", " ab"], [-5.0, -3.0], 0)  # 1 a character, not 5 / 7 a byte; 1.5
     assert (marks.acc.value, marks.acc_norm.value) == (0, 1)
     assert marked([" größe", " ab"], [-5.0, -1.9], 0).acc_norm.value == 0  # 1; 0.95
+    assert marked([" a", " abc"], [-1.0, -2.4], 1).acc_norm.value == 1  # 1; 0.8, with the space 0.5; 0.6
     assert marked([" größe", " abcd"], [-5.0, -3.4], 1).acc_norm.value == 1  # 1; 0.85, but 5 / 7 a byte
 
 

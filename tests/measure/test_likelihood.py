@@ -109,6 +109,10 @@ def test_what_the_model_would_write_is_greedy_and_nothing_else(random_llama):
         other = [*written[3 : last - 1], (written[last - 1] + 1) % 97]
         found = likelihoods(model, [Pair(written[:3], written[3:last]), Pair(written[:3], other)])
         assert [each.greedy for each in found] == [True, False]
+    wrong = [*written[:3], (written[3] + 1) % 97]
+    with torch.no_grad():
+        likeliest = int(model(torch.tensor([wrong]))[0, -1].argmax())
+    assert not likelihoods(model, [Pair(written[:3], [wrong[3], likeliest])])[0].greedy, "the first is not"
 
 
 def test_an_empty_continuation_costs_nothing(random_llama):
@@ -197,8 +201,11 @@ def test_without_a_context_bos_stands_there_in_any_case(tokenizer, without_bos):
 
 
 def test_white_space_at_the_border_belongs_to_the_continuation(tokenizer):
-    moved, usual = encode_pairs(tokenizer, [("The swan ", "sang"), ("The swan", " sang")])
+    moved, usual = encode_pairs(
+        tokenizer, [("The swan ", "sang by the lake"), ("The swan", " sang by the lake")]
+    )
     assert moved == usual
+    assert tokenizer.decode(moved.continuation) == " sang by the lake"
 
 
 def test_an_empty_continuation_has_no_ids(tokenizer):
