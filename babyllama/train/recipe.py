@@ -253,7 +253,7 @@ def _for_model(
     again = math.log2(max(1.0, _epochs(plan, text, peak, used)))  # how often the passes were doubled
     care: dict[str, Any] = {
         "dropout": round(min(0.3, 0.1 * again), 2),
-        "weight_decay": round(min(1.0, 0.1 + 0.45 * again), 2),
+        "weight_decay": round(min(0.5, 0.1 + 0.45 * again), 2),
     }
     return replace(plan, **{name: value for name, value in care.items() if name not in settings})
 

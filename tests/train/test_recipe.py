@@ -132,7 +132,7 @@ def test_text_that_is_seen_more_often_is_learned_with_more_dropout_and_decay():
     plans = [planned(minutes=10, train_tokens=tokens, size="1M") for tokens in (10**4, 10**6, 10**7, 10**9)]
     dropped, decays = [each.dropout for each in plans], [each.weight_decay for each in plans]
     assert dropped == sorted(dropped, reverse=True) and decays == sorted(decays, reverse=True)
-    assert (dropped[0], dropped[-1]) == (0.3, 0.0) and (decays[0], decays[-1]) == (1.0, 0.1)
+    assert (dropped[0], dropped[-1]) == (0.3, 0.0) and (decays[0], decays[-1]) == (0.5, 0.1)
 
 
 def test_muon_moves_the_matrices_where_steps_are_large_enough_for_it():
