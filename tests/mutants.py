@@ -40,6 +40,7 @@ LOOP, OPTIM, RECIPE, EVALUATE, CPU = (
     f"train/test_{name}.py::" for name in ("loop", "optim", "recipe", "evaluate", "cpu")
 )
 FOLDER, API, CHAT = "checkpoint/test_folder.py::", "test_api.py::", "text/test_chat.py::"
+VOCABULARIES = "text/test_vocabularies.py::"
 NAMED = API + "test_a_step_gets_its_name_only_when_all_of_it_is_on_the_disk"
 RESUMED = LOOP + "test_an_interrupted_run_ends_with_the_same_bits"
 SCORED = EVALUATE + "test_bits_per_byte_are_those_of_one_pass_for_each_token"
@@ -147,6 +148,35 @@ MUTANTS = [
            "self.bos_id, self.eos_id, self.eos_ids = _ends(files, vocab, self.vocab_size, where)",
            "self.bos_id, self.eos_id, self.eos_ids = 2, 3, frozenset({3})",
            "text/test_tokenizer.py::test_control_tokens_come_first"),
+
+    # ---- vocabularies ---------------------------------------------------------------------------
+    Mutant("vocabularies: equal scores join the shortest first", "text/vocabularies.py",
+           "(rank[piece], -len(piece))", "(rank[piece], len(piece))",
+           VOCABULARIES + "test_white_space_of_equal_scores_grows_from_the_left"),
+    Mutant("vocabularies: equal scores are let through", "text/vocabularies.py",
+           "or not _grow_from_the_left(rank, one, of)", "or False",
+           VOCABULARIES + "test_equal_scores_are_right_or_refused"),
+    Mutant("vocabularies: a piece is made by its first split", "text/vocabularies.py",
+           "        at = ranks.index(best)\n", "        at = 0\n",
+           VOCABULARIES + "test_merges_come_to_the_same_as_any_scores"),
+    Mutant("vocabularies: the space before a text is always put", "text/vocabularies.py",
+           "prefix=bool(normalizer.get(3, 1)),", "prefix=True,",
+           VOCABULARIES + "test_a_trained_sentencepiece_model_gives_the_ids_of_its_library"),
+    Mutant("vocabularies: spaces are left out at every line", "text/vocabularies.py",
+           'r"\\A +", " {2,}"', 'r"^ +", " {2,}"',
+           VOCABULARIES + "test_white_space_that_sentencepiece_leaves_out_is_left_out"),
+    Mutant("vocabularies: words of Llama 3 that are tokens are merged all the same", "text/vocabularies.py",
+           '"llama-bpe": (_LLAMA_3, True),', '"llama-bpe": (_LLAMA_3, False),',
+           VOCABULARIES + "test_any_ranks_give_the_ids_of_tiktoken"),
+    Mutant("layout: any pattern may stand in a tokenizer.json", "text/layout.py",
+           "if regex is not None and regex not in KNOWN_PATTERNS:", "if False:",
+           "text/test_tokenizer.py::test_a_tokenizer_json_that_no_llama_has_is_e310"),
+    Mutant("layout: texts are not counted before they are read", "text/layout.py",
+           "if data.count(b'\"') > MOST_QUOTES:", "if False:",
+           VOCABULARIES + "test_bombs_are_refused_in_a_second_with_little_memory"),
+    Mutant("export: scores are written without a look at what they come to", "text/export.py",
+           "!= pair:", "!= pair and False:",
+           VOCABULARIES + "test_scores_that_would_not_do_what_the_merges_do_are_refused"),
 
     # ---- sizes -----------------------------------------------------------------------------------
     Mutant("hidden width without the 2/3", "model.py",

@@ -67,7 +67,7 @@ class Tokenizer:
     named_tokens    what the files call "bos_token", "eos_token" and so on; templates use these names.
 
     `decode(encode(text, bos=True)) == text` for every string, of tokenizers trained here and of llama2.c's;
-    with a vocabulary from elsewhere, as far as its own normalisation allows.
+    with a vocabulary from elsewhere, as far as its own normalisation and its bytes allow (SmolLM2 lacks some).
     """
 
     def __init__(self, files: Mapping[str, bytes], where: object = "tokenizer.json") -> None:
@@ -159,7 +159,7 @@ class Tokenizer:
             path /= names[0]
         data = _read(path)
         files = _files_of(data, path)
-        if files.keys() == {"tokenizer.json"} and files["tokenizer.json"] is data:
+        if files["tokenizer.json"] is data:
             files |= {name: _read(path.with_name(name)) for name in CONFIGS if path.with_name(name).is_file()}
         return cls(files, path)
 

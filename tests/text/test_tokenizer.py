@@ -1,5 +1,6 @@
 """Tokenizer: any text survives, control tokens cannot be typed, other programs agree, no file is trusted."""
 
+import base64
 import json
 import os
 import struct
@@ -400,7 +401,7 @@ def test_an_id_outside_the_vocabulary_is_e309(ours: Tokenizer) -> None:
         b'{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}',
         b'{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
         b'{"a": ' + b"[" * 100_000,
-        b"\x0a\x0d\x0a\x05<unk>",  # a SentencePiece model
+        b"\x0a\x0d\x0a\x05<unk>",  # the beginning of a SentencePiece model
         struct.pack("<ifi", 10, 0.0, 2**31 - 1) + b"a",
         struct.pack("<ifi", 10, 0.0, -5) + b"a",
         struct.pack("<ifi", 10, float("nan"), 1) + b"a",
@@ -414,6 +415,153 @@ def test_a_malformed_file_is_e310(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         Tokenizer.load(path)
     assert error.value.code == "E310"
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:82e9d3\nsize 2183982\n", "Git LFS"),
+        (b"<!DOCTYPE html>\n<html><head><title>404</title>", "a web page"),
+        (b"\n<html lang=en>", "a web page"),
+        (b"GGUF\x03\0\0\0" + bytes(16), "is a GGUF"),
+        (b"PK\x03\x04" + b"x" * 50, "neither JSON nor SentencePiece"),
+        (b'\xff\xfe{\0"\0', "neither JSON nor SentencePiece"),
+    ],
+)
+def test_a_file_that_is_something_else_is_e310_and_named(data: bytes, found: str, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer.bin"):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=found) as error:
+            Tokenizer.load(tmp_path / name)
+        assert error.value.code == "E310"
+
+
+def test_a_folder_may_hold_any_kind_of_file_and_json_comes_first(
+    ours: Tokenizer, llama2c_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.bin").write_bytes(llama2c_file.read_bytes())
+    llama2c = Tokenizer.load(llama2c_file)
+    assert Tokenizer.load(tmp_path).sha256 == llama2c.sha256
+    lines = (
+        b"%b %d\n" % (base64.b64encode(token), rank)
+        for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), b"th"])
+    )
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    ranks = Tokenizer.load(tmp_path)
+    assert ranks.vocab_size == 257 + 256
+    (tmp_path / "tokenizer.json").write_bytes(ours.files()["tokenizer.json"])
+    assert Tokenizer.load(tmp_path).sha256 == ours.sha256
+    (tmp_path / "any.name").write_bytes((tmp_path / "tokenizer.model").read_bytes())
+    assert Tokenizer.load(tmp_path / "any.name").sha256 == ranks.sha256
+
+
+def _split(pattern: str) -> dict[str, object]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _replaced(literal: str, content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": {"String": literal}, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"pre_tokenizer": _split("(a+)+$")}, "pattern '\\(a\\+\\)\\+\\$'"),
+        ({"pre_tokenizer": _split("a*a*a*a*b")}, "which is not known"),
+        ({"normalizer": {**_replaced("a", ""), "pattern": {"Regex": "(a|a)*b"}}}, "which is not known"),
+        ({"normalizer": _replaced("a", "aa")}, "makes texts longer"),
+        ({"normalizer": _replaced("", "a")}, "makes texts longer"),
+        ({"normalizer": {"type": "Prepend", "prepend": "a" * 1000}}, "makes texts longer"),
+        ({"normalizer": {"type": "ByteLevel"}}, "step ByteLevel"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 100}}, "too many steps"),
+        ({"normalizer": {"type": "Sequence", "normalizers": 5}}, "is not a tokenizer"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "step Whitespace"),
+        ({"pre_tokenizer": 5}, "step None"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 2}}, "twice"),
+        ({"added_tokens": {}}, "is not a list"),
+        ({"added_tokens": [{"id": 0}]}, "lacks an id"),
+        ({"added_tokens": [{"id": -1, "content": "x", "special": True}]}, "lacks an id"),
+        ({"added_tokens": [{"id": 7, "content": "x" * 1000, "special": True}]}, "long"),
+        ({"added_tokens": [{"id": 7, "content": "", "special": True}]}, "is empty"),
+        ({"added_tokens": [{"id": 7, "content": "<|eot_id|>", "special": True}]}, "has two ids"),
+        ({"added_tokens": [{"id": 9, "content": "<x>", "special": True}]}, "given twice"),
+        ({"added_tokens": [{"id": 321, "content": "<x>", "special": True}]}, "some are missing"),
+        ({"decoder": {"type": "Unknown"}}, "is not a tokenizer"),
+        ({"model": {"type": "Unigram"}}, "expected BPE"),
+        ({"model": {"dropout": 0.5}}, "dropout"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
+        ({"model": {"merges": [["", "a"]]}}, "merge 1"),
+        ({"model": {"merges": [["a", ""]]}}, "merge 1"),
+        ({"model": {"merges": ["ab"]}}, "merge 1"),
+        ({"model": {"merges": [["a", "\u00e9\u00e9"]]}}, "merge 1"),
+        ({"model": {"merges": [["a"]]}}, "no merges"),
+        ({"model": {"merges": {}}}, "no merges"),
+        ({"model": {"vocab": {"a" * 100_000: 0}}}, "no vocab"),
+        ({"model": {"vocab": {"a": -1}}}, "no vocab"),
+        ({"model": {"vocab": {"a": 0.5}}}, "no vocab"),
+        ({"model": {"vocab": []}}, "no vocab"),
+        ({"model": {"vocab": {"a": 0, "b": 0}, "merges": []}}, "missing or given twice"),
+        ({"model": {"vocab": {"a": 0, "b": 2}, "merges": []}}, "missing or given twice"),
+        ({"model": {"vocab": {"\ud800": 0}, "merges": []}}, "no text"),
+        ({"post_processor": {"x": "y" * 2**20}}, "bytes besides"),
+        ({"vocab": {}}, "in its model"),
+    ],
+)
+def test_a_tokenizer_json_that_no_llama_has_is_e310(
+    ours: Tokenizer, change: dict[str, object], found: str, tmp_path: Path
+) -> None:
+    layout = json.loads(ours.files()["tokenizer.json"])
+    for key, value in change.items():
+        if key == "model":
+            layout["model"].update(value)
+        else:
+            layout[key] = value
+    if "vocab" in change:
+        layout = {"vocab": {}, **layout}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
+    with pytest.raises(InputError, match=found) as error:
+        Tokenizer.load(tmp_path)
+    assert error.value.code == "E310"
+
+
+def test_a_token_that_is_given_twice_is_e310(ours: Tokenizer, tmp_path: Path) -> None:
+    data = ours.files()["tokenizer.json"].replace(b'"vocab":{', b'"vocab":{"!":5,')
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    with pytest.raises(InputError, match="occurs twice") as error:
+        Tokenizer.load(tmp_path)
+    assert error.value.code == "E310"
+
+
+def test_a_control_token_that_a_text_can_hold_is_e310(ours: Tokenizer, tmp_path: Path) -> None:
+    """A word that is in the vocabulary is taken whole, also if it is the name of a control token."""
+    layout = json.loads(ours.files()["tokenizer.json"])
+    for token in layout["added_tokens"]:
+        if token["content"] == "<|eot_id|>":
+            token["content"] = "stop"
+    layout["model"]["vocab"]["stop"] = layout["model"]["vocab"].pop("<|eot_id|>")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
+    with pytest.raises(InputError, match="'stop' would be encoded as a control token") as error:
+        Tokenizer.load(tmp_path)
+    assert error.value.code == "E310"
+
+
+def test_a_tokenizer_json_may_be_written_in_any_way(ours: Tokenizer, tmp_path: Path) -> None:
+    layout = json.loads(ours.files()["tokenizer.json"])
+    old = {**layout, "model": {**layout["model"], "merges": [" ".join(m) for m in layout["model"]["merges"]]}}
+    turned = {**layout, "model": dict(reversed(layout["model"].items()))}
+    for written in (
+        json.dumps(layout, indent=2),
+        json.dumps(layout, ensure_ascii=False, indent="\t"),
+        json.dumps(old),
+        json.dumps(turned, separators=(",", ":")),
+        "\r\n" + json.dumps(layout),
+    ):
+        (tmp_path / "tokenizer.json").write_bytes(written.encode())
+        again = Tokenizer.load(tmp_path)
+        assert (again.vocab_size, again.special_ids) == (ours.vocab_size, ours.special_ids)
+        assert again.encode(TEXTS[2]) == ours.encode(TEXTS[2])
 
 
 def test_nothing_at_the_path_is_e310(tmp_path: Path) -> None:
