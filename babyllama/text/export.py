@@ -132,7 +132,7 @@ class _Made:
             "E310",
             f"tokenizer for {self.target}",
             f"cannot be written: {why}",
-            "export to a Hugging Face folder, which holds every tokenizer:  --to hf",
+            "keep the Hugging Face folder: its tokenizer.json holds every tokenizer",
         )
 
     def words(self) -> str | None:
