@@ -10,7 +10,7 @@ import torch
 from babyllama.checkpoint.export import FORMATS, export
 from babyllama.checkpoint.gguf import TYPES
 from babyllama.checkpoint.open import open_llama
-from babyllama.checkpoint.verify import EXACT, OURS, TEXT, verify
+from babyllama.checkpoint.verify import OURS, TEXT, verify
 from babyllama.errors import BabyLlamaError, InputError, MachineError, NumericalError, UsageError
 from babyllama.model import Config, Llama, RopeScaling
 from babyllama.text.tokenizer import Tokenizer
@@ -165,7 +165,6 @@ def test_a_reader_of_ours_is_used_where_there_is_no_other(
         export(llama.config, llama.state_dict(), own, tmp_path / to, to=to)
         verdict = verify(llama.config, llama.state_dict(), own, tmp_path / to, to=to)
         assert (verdict.reader, verdict.largest) == (OURS, 0.0)
-    assert OURS in EXACT
 
 
 # ---- the disk, and nonsense
