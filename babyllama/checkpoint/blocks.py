@@ -169,8 +169,9 @@ class Kind(NamedTuple):
         blocks = data.reshape(-1, self.bytes)
         found = np.empty((len(blocks), self.numbers), np.float32)
         step = AT_ONCE // self.numbers
-        for at in range(0, len(blocks), step):
-            found[at : at + step] = self.decode(np.ascontiguousarray(blocks[at : at + step]))
+        with np.errstate(over="ignore", invalid="ignore"):  # of bytes that are no numbers: Weights says so
+            for at in range(0, len(blocks), step):
+                found[at : at + step] = self.decode(np.ascontiguousarray(blocks[at : at + step]))
         return found.reshape(-1)
 
     def write(self, numbers: Floats) -> "builtins.bytes":

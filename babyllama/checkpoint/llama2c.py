@@ -65,7 +65,8 @@ def read_llama2c(path: str | Path) -> tuple[Config, Weights]:
         numbers = math.prod(shape)
         if version == 2 and len(shape) == 2:
             scales = np.frombuffer(data, "<f4", offset=numbers)
-            found = np.frombuffer(data, np.int8, numbers).reshape(-1, group) * scales[:, None]
+            with np.errstate(over="ignore", invalid="ignore"):  # Weights says what is not finite
+                found = np.frombuffer(data, np.int8, numbers).reshape(-1, group) * scales[:, None]
         else:
             found = np.frombuffer(data, "<f4")
         weight = torch.from_numpy(found.astype(np.float32).reshape(shape))

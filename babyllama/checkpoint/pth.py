@@ -9,9 +9,11 @@ Source: https://docs.python.org/3/library/pickletools.html (the instructions); t
 torch/_utils.py, _rebuild_tensor_v2 (what torch.save says with them)
 """
 
+import itertools
 import math
 import pickletools
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -267,10 +269,13 @@ def _follow(program: bytes, archive: Archive) -> Any:
 
 
 def _instructions(program: bytes, archive: Archive) -> Iterator[tuple[str, Any]]:
-    for count, (code, value, _) in enumerate(pickletools.genops(BytesIO(program))):
-        if count > MOST_INSTRUCTIONS:
-            raise archive.error(f"has a data.pkl of more than {MOST_INSTRUCTIONS:,} instructions")
-        yield code.name, value
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # of the texts of old instructions, which are refused anyway
+        instructions = list(itertools.islice(pickletools.genops(BytesIO(program)), MOST_INSTRUCTIONS + 1))
+    if len(instructions) > MOST_INSTRUCTIONS:
+        raise archive.error(f"has a data.pkl of more than {MOST_INSTRUCTIONS:,} instructions")
+    yield from ((code.name, value) for code, value, _ in instructions)
 
 
 def _storage(given: Any) -> _Storage:

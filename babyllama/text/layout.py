@@ -95,6 +95,7 @@ def read_layout(data: bytes, where: object) -> Layout:
     _check_model(model, where)
     for part, kinds in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS)):
         _check_steps(part, parts.get(part), kinds, where)
+    _check_template(parts.get("post_processor"), where)
 
     vocab: dict[str, int] = {}
     for count, (token, id) in enumerate(_each(_ENTRIES, b"{%b}", data, spans[0], where), 1):
@@ -167,6 +168,25 @@ def _added(tokens: object, vocab: dict[str, int], where: object) -> Iterator[tup
                 yield id, special
             case _:
                 broken(where, f"added token {str(token)[:80]} lacks an id, a text, or whether it is special")
+
+
+def _check_template(step: object, where: object) -> None:
+    """What is put around a text must be tokens that the same step lists, or the library gives up all of Python."""
+    inside = step.get("processors", []) if isinstance(step, dict) else []
+    for each in [step, *inside] if isinstance(inside, list) else [step]:
+        if not isinstance(each, dict) or each.get("type") != "TemplateProcessing":
+            continue
+        match each:
+            case {"single": list(single), "pair": list(pair), "special_tokens": dict(listed)}:
+                pieces = [piece.get("SpecialToken") for piece in single + pair if isinstance(piece, dict)]
+                names = [
+                    piece.get("id") if isinstance(piece, dict) else ""
+                    for piece in pieces
+                    if piece is not None
+                ]
+                if all(isinstance(name, str) and name in listed for name in names):
+                    continue
+        broken(where, "its post_processor puts a token around texts that it does not list")
 
 
 def _check_steps(part: str, step: object, kinds: set[str], where: object) -> None:

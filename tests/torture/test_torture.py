@@ -16,8 +16,9 @@ COUNTS = {  # short, full
     "disk_full": (8, 64),
     "bit_flips": (100, 1000),
     "not_finite": (12, 100),
+    "hostile_files": (150, 1_000_000),
 }
-NEEDS_FORK = set(COUNTS) - {"bit_flips", "not_finite"}
+NEEDS_FORK = set(COUNTS) - {"bit_flips", "not_finite", "hostile_files"}
 
 
 def run(name: str, count: int) -> None:
@@ -41,7 +42,7 @@ def test_nothing_is_lost_in_the_short_form(name):
 
 
 @pytest.mark.torture
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(6 * 3600)
 @pytest.mark.parametrize("name", COUNTS)
 def test_nothing_is_lost_in_full_length(name):
     run(name, COUNTS[name][1])
