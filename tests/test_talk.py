@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -277,11 +278,19 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.ours, text.encode())
 
-    def until(self, text: str, seconds: float = 60) -> str:
-        """What is seen from where the last call ended, up to and with `text`."""
+    def until(self, text: str, seconds: float = 60, again: str = "") -> str:
+        """What is seen from where the last call ended, up to and with `text`.
+
+        again  typed every second after five of silence: Python may notice a Ctrl-C that comes just before it begins to
+               wait for a key only with the next one.
+        """
         deadline = time.monotonic() + seconds
         while (at := self.seen.find(text, self.read)) < 0:
             assert time.monotonic() < deadline, self.seen
+            if not select.select([self.ours], [], [], 1)[0]:
+                if again and time.monotonic() > deadline - seconds + 5:
+                    self.type(again)
+                continue
             try:
                 piece = os.read(self.ours, 65536)
             except OSError:  # Linux says so when the other side is closed
@@ -359,7 +368,7 @@ def test_ctrl_c_stops_the_answer_alone_and_twice_at_the_prompt_leaves(terminal, 
     assert json.loads((tmp_path / "said.jsonl").read_bytes())["messages"][-1]["stopped"] is True
     screen.until("> ")
     screen.type("\x03")
-    screen.until("once more leaves")
+    screen.until("once more leaves", again="\x03")
     screen.until("> ")
     screen.type("/help\n")
     screen.until("put a space before it.")
@@ -368,7 +377,7 @@ def test_ctrl_c_stops_the_answer_alone_and_twice_at_the_prompt_leaves(terminal, 
         assert screen.process.poll() is None, press
         screen.type("\x03")
         if press == 0:
-            screen.until("once more leaves")
+            screen.until("once more leaves", again="\x03")
             screen.until("> ")
     assert screen.ends() == 128 + signal.SIGINT
     assert "Traceback" not in screen.seen and "error" not in screen.seen
