@@ -7,11 +7,16 @@ printed, nor is the space that begins the first word. Text: llama2.c, test_all.p
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from babyllama.checkpoint.export import export
+from babyllama.checkpoint.hf import build
 from babyllama.checkpoint.llama2c import read_llama2c
+from babyllama.checkpoint.open import open_llama
+from babyllama.checkpoint.verify import verify
 from babyllama.generate.engine import complete, generate
 from babyllama.generate.sample import Sampling
 from babyllama.model import Llama
@@ -80,3 +85,35 @@ def test_it_goes_on_with_the_story_from_anywhere_in_a_batch(llama: Llama) -> Non
         assert token.position == len(rows[token.row])
         rows[token.row].append(token.id)
     assert rows == [story] * 5
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "hf": {"to": "hf"},
+    "gguf": {"to": "gguf"},
+    "llama2.c, version 0": {"to": "llama2c"},
+    "llama2.c, version 1": {"to": "llama2c", "version": 1},
+    "meta": {"to": "meta"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_the_story_survives_a_journey_through_every_format(
+    tmp_path: Path, llama: Llama, tokenizer: Tokenizer, way: dict[str, Any]
+) -> None:
+    out = export(llama.config, llama.state_dict(), tokenizer, tmp_path / "out", **way)[0]
+    found = open_llama(out)
+    own = Tokenizer.load(tmp_path / "out-tokenizer.bin") if way["to"] == "llama2c" else found.tokenizer()
+    model = build(found.config, found.weights)
+    (completion,) = complete(model, [[BOS]], max_tokens=PASSES, sampling=GREEDY)
+    assert own.decode([BOS, *completion.ids]) == STORY
+    assert own.encode(STORY, bos=True) == tokenizer.encode(STORY, bos=True)
+    verdict = verify(llama.config, llama.state_dict(), tokenizer, out, to=way["to"], text=STORY)
+    assert verdict.relative <= 1e-5
+
+
+def test_both_files_come_back_byte_for_byte(
+    tmp_path: Path, fixture_file: Callable[[str], Path], llama: Llama, tokenizer: Tokenizer
+) -> None:
+    out, beside = export(llama.config, llama.state_dict(), tokenizer, tmp_path / "out.bin", to="llama2c")
+    assert out.read_bytes() == fixture_file("stories260K.bin").read_bytes()
+    assert beside.read_bytes() == fixture_file("tok512.bin").read_bytes()
