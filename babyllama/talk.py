@@ -167,7 +167,9 @@ def _obey(line: str, conversation: Conversation) -> bool:
         conversation.reset()
         note("Forgotten.")
     elif command == "/save" and rest.strip():
-        path = Path(rest.strip()).expanduser()
+        path = Path(rest.strip())
+        with contextlib.suppress(RuntimeError):  # ~NAME of nobody here: a name like any other
+            path = path.expanduser()
         conversation.save(path)
         note(f"Saved {plural(len(conversation.messages), 'message')} in {path}.")
     elif command == "/save":

@@ -42,18 +42,19 @@ def export(
     """
     if to not in FORMATS:
         raise UsageError("E101", "--to", f"{to!r} is not a format", f"choose one of {', '.join(FORMATS)}")
-    if out.exists():
-        fix = "choose another --out, or remove it first"
-        raise MachineError("E403", out, "is there already, and nothing is written over it", fix)
+    suffix = {"gguf": ".Modelfile", "llama2c": "-tokenizer.bin"}.get(to)
+    beside = out if suffix is None else out.with_name(out.stem + suffix)
+    for path in (out, beside):
+        if path.exists():
+            fix = "choose another --out, or remove it first"
+            raise MachineError("E403", path, "is there already, and nothing is written over it", fix)
     if to == "gguf":
         assert tokenizer is not None
         vocabulary = to_gguf(tokenizer, config.vocab_size)
-        beside = out.with_name(f"{out.stem}.Modelfile")
         replace_file_by_parts(out, gguf_parts(config, weights, vocabulary, kind, out.stem))
         replace_file(beside, modelfile(out.name, "tokenizer.chat_template" in vocabulary))
         return [out, beside]
     if to == "llama2c":
-        beside = out.with_name(f"{out.stem}-tokenizer.bin")
         pieces = None if tokenizer is None else to_llama2c(tokenizer)
         replace_file_by_parts(out, llama2c_parts(config, weights, version))
         if pieces is None:

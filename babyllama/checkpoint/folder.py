@@ -162,14 +162,15 @@ def read_json(path: Path, code: str = "E206") -> dict[str, Any]:
     """The JSON object in `path`. Raises InputError E205 when there is none, or `code` when it is not a JSON object."""
     remedy = "copy it again from where it came" if code != "E206" else FROM_ELSEWHERE
     try:
-        size = path.stat().st_size
-        if size > LARGEST_JSON:
-            raise InputError(
-                code, str(path), f"has {size:,} bytes, at most {LARGEST_JSON:,} are read", remedy
-            )
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("E205", str(path), "is missing", remedy) from None
+        if not path.exists():
+            raise InputError("E205", str(path), "is missing", remedy)
+        with opened(path, code="E205") as (file, size):
+            if size > LARGEST_JSON:
+                found = f"has {size:,} bytes, at most {LARGEST_JSON:,} are read"
+                raise InputError(code, str(path), found, remedy)
+            value = json.loads(file.read(LARGEST_JSON).decode("utf-8"))
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(code, str(path), f"is not JSON ({str(error)[:120]})", remedy) from None
     except OSError as error:

@@ -14,6 +14,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -123,7 +124,11 @@ class _Reader:
                 self.refuse(f"holds {plain(name)} in type {number}; known are {known}")
             table[name] = tuple(axes[::-1]), kind, self._number(U64, name)
         begin = -(-self.at // self.alignment) * self.alignment
-        return {name: self._placed(name, *entry, begin) for name, entry in table.items()}
+        placed = {name: self._placed(name, *entry, begin) for name, entry in table.items()}
+        for (_, one), (name, other) in pairwise(sorted(placed.items(), key=lambda each: each[1].begin)):
+            if one.begin + one.bytes > other.begin:  # a small file could fill all memory
+                self.refuse(f"has tensor {plain(name)} where another one still is")
+        return placed
 
     def _placed(self, name: str, shape: tuple[int, ...], kind: Kind, offset: int, begin: int) -> Stored:
         if not shape or min(shape) < 1 or math.prod(shape) > LARGEST_TENSOR:
@@ -226,6 +231,11 @@ NAMES = {  # ours: theirs; N is the number of the layer
     "norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
+SINGLE = (  # no arrays
+    *("general.architecture", "llama.expert_count"),
+    *("llama.attention.key_length", "llama.attention.value_length"),
+    *("llama.rope.scaling.type", "llama.rope.scaling.factor", "llama.rope.scale_linear"),
+)
 ROPE = "rope_freqs.weight"  # what each frequency is divided by, where RoPE is scaled as in Llama 3.1
 SCALING = "llama.rope.scaling"  # the prefix of keys
 OURS = "babyllama.rope.scaling"  # ... of those that llama.cpp has no place for
@@ -248,6 +258,9 @@ def read_gguf(path: str | Path) -> tuple[Config, Weights, dict[str, Any]]:
     def refuse(key: str, found: str) -> InputError:
         return _error(file.path, f"{key} {found}")
 
+    for key in SINGLE:
+        if isinstance(file.metadata.get(key), (list, np.ndarray)):
+            raise refuse(key, "is an array, expected one value")
     if (kind := file.metadata.get("general.architecture")) != "llama":
         raise refuse("general.architecture", f"is {plain(kind)}, expected llama")
     if file.metadata.get("llama.expert_count"):
@@ -293,15 +306,15 @@ def _heads(name: str, config: Config) -> int:
 
 def _scaling(file: GGUF, refuse: Refuse) -> RopeScaling | None:
     """What the metadata say of scaling; that of Llama 3 is not said there."""
-    kind = file.metadata.get(f"{SCALING}.type", "none")
-    if kind == "none":
+    factor = file.metadata.get(f"{SCALING}.factor", file.metadata.get("llama.rope.scale_linear", 1.0))
+    kind = file.metadata.get(f"{SCALING}.type", "linear")  # as llama.cpp takes it where it does not stand
+    if kind == "none" or (kind == "linear" and factor in (0, 1)):
         return None
     if kind != "linear":
         raise refuse(f"{SCALING}.type", f"is {plain(kind)}; linear is known, and what {ROPE} holds")
-    factor = file.metadata.get(f"{SCALING}.factor")
-    if type(factor) is not float or not 0 < factor < math.inf:
+    if type(factor) not in (int, float) or not 0 < factor < math.inf:
         raise refuse(f"{SCALING}.factor", f"is {plain(factor)}, expected a number above 0")
-    return RopeScaling(kind="linear", factor=factor)
+    return RopeScaling(kind="linear", factor=float(factor))
 
 
 def _with_frequencies(config: Config, file: GGUF, refuse: Refuse) -> Config:
@@ -373,7 +386,7 @@ def gguf_parts(
     }
     scaling, extra = config.rope_scaling, {}
     if scaling is not None and scaling.kind == "linear":
-        facts |= {f"{SCALING}.type": "linear", f"{SCALING}.factor": scaling.factor}
+        facts |= {f"{SCALING}.type": "linear", f"{SCALING}.factor": float(scaling.factor)}
     elif scaling is not None:
         facts |= {theirs: getattr(scaling, ours) for ours, theirs in LLAMA3.items()}
         extra = {ROPE: torch.from_numpy(_divisors(config))}

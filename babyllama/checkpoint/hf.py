@@ -252,7 +252,10 @@ def _inside(folder: Path, name: str) -> bool:
     roots = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
         roots.append(roots[0].parents[1] / "blobs")
-    return (folder / name).resolve().parent in roots
+    try:
+        return (folder / name).resolve().parent in roots
+    except (ValueError, OSError):  # a name that no system has
+        return False
 
 
 def _header(path: Path) -> dict[str, Shape]:

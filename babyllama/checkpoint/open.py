@@ -1,5 +1,6 @@
 """Any Llama on disk, recognised by what is in it and not by what it is called."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from babyllama.text.tokenizer import Tokenizer
 from babyllama.text.vocabularies import from_gguf
 
 FIX = "give a run, a saved step, a Hugging Face folder, Meta's folder, a GGUF or a llama2.c file"
-NOT_A_MODEL = {  # first bytes: what such a file is
-    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it with:  git lfs pull",
-    b"<": "is a page of HTML or XML, which a server sends instead of a file that it does not give",
-    b"{": "is JSON; the weights lie beside it",
+NOT_A_MODEL = {  # how a file begins: what such a file is
+    rb"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it with:  git lfs pull",
+    rb"<[!?A-Za-z]": "is a page of HTML or XML, which a server sends instead of a file that it does not give",
+    rb'\{\s*"': "is JSON; the weights lie beside it",
+    rb"\x80[\x02-\x05]": "is a bare pickle, which is not read; torch.save has made zip archives since torch 1.6",
 }
 
 
@@ -47,7 +49,9 @@ def open_llama(path: str | Path) -> OnDisk:
     with opened(path, code="E201") as (file, size):
         first = file.read(256)
     for begin, what in NOT_A_MODEL.items():
-        if first.lstrip().startswith(begin):
+        if (
+            re.match(rb"\s*" + begin, first) and first[8:9] != b"{"
+        ):  # as it stands behind a safetensors' length
             raise InputError("E201", path, what, FIX)
     if not size:
         raise InputError("E201", path, "is empty", "copy or download it again")

@@ -30,6 +30,7 @@ from babyllama.errors import InputError
 
 LONGEST_PICKLE = 2**19  # bytes; that of a Llama of 80 layers has 0.1 MB
 MOST_INSTRUCTIONS = 200_000
+MOST_AXES = 4
 LONGEST_DIRECTORY = 2**20  # bytes of the archive's table of contents
 DTYPES = {
     "FloatStorage": torch.float32,
@@ -72,7 +73,7 @@ class Archive:
                 raise self.error(f"has a data.pkl of {length:,} bytes, at most {LONGEST_PICKLE:,} are read")
             order = self._entries.get(f"{self._prefix}byteorder", (0, 0))
             file.seek(order[0])
-            if file.read(order[1]) not in (b"", b"little"):
+            if file.read(min(order[1], 16)) not in (b"", b"little"):
                 raise self.error("was written on a big-endian machine")
             file.seek(begin)
             program = file.read(length)
@@ -135,9 +136,11 @@ class Archive:
 
     def _begin(self, file: BinaryIO, entry: zipfile.ZipInfo) -> int:
         """The byte behind the entry's own header, which repeats its name."""
-        file.seek(max(0, entry.header_offset))
-        header = file.read(30)
-        if entry.header_offset < 0 or len(header) < 30 or header[:4] != b"PK\3\4":
+        header = b""
+        if 0 <= entry.header_offset < 2**62:
+            file.seek(entry.header_offset)
+            header = file.read(30)
+        if len(header) < 30 or header[:4] != b"PK\3\4":
             raise self.error(f"has no entry where {plain(entry.filename)} should be")
         name, extra = struct.unpack_from("<HH", header, 26)
         return entry.header_offset + 30 + name + extra
@@ -210,7 +213,7 @@ def _follow(program: bytes, archive: Archive) -> Any:
     memo: dict[int, Any] = {}
 
     def since_mark() -> list[Any]:
-        at = max(i for i, each in enumerate(stack) if each is MARK)
+        at = next(i for i in range(len(stack) - 1, -1, -1) if stack[i] is MARK)
         items = stack[at + 1 :]
         del stack[at:]
         return items
@@ -263,7 +266,7 @@ def _follow(program: bytes, archive: Archive) -> Any:
                 raise archive.error(f"holds the instruction {name}, which no dict of tensors needs")
     except InputError:
         raise
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise archive.error(f"has a data.pkl that makes no sense ({type(error).__name__})") from None
     raise archive.error("has a data.pkl without an end")
 
@@ -293,6 +296,8 @@ def _result(function: Any, given: tuple[Any, ...]) -> Any:
     if function == _Named(PARAMETER):
         return given[0]
     storage, offset, shape, stride = given[:4]
+    if len(shape) > MOST_AXES or len(stride) != len(shape):
+        raise ValueError
     counts = (storage.numbers, offset, *shape, *stride)
     if function != _Named(REBUILD) or not all(type(count) is int for count in counts):
         raise TypeError

@@ -102,7 +102,7 @@ def verify(
     ours = Reading(OURS, None, _logits(on_disk.config, on_disk.weights, ids))
     reader = _reader(to, config)
     theirs = ours if reader is None else reader(written, ids, text if tokenizer is not None else None)
-    if theirs.ids is not None and theirs.ids[: len(ids)] != ids:
+    if theirs.ids is not None and theirs.ids[: config.max_seq_len] != ids:
         pairs = enumerate(zip(theirs.ids, ids, strict=False))
         at = next((i for i, (a, b) in pairs if a != b), min(len(theirs.ids), len(ids)))
         raise _failed(written, f"{theirs.reader} makes other ids of the same text, from token {at} on")

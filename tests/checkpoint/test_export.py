@@ -178,6 +178,13 @@ def test_nothing_is_written_over_what_is_there(tmp_path: Path, tokenizer: Tokeni
             export(llama.config, llama.state_dict(), carried(tokenizer, to), tmp_path / to, to=to)
         assert caught.value.code == "E403"
         assert (tmp_path / to).read_text(encoding="utf-8") == "mine"
+    own = carried(tokenizer, "gguf")
+    (tmp_path / "a.Modelfile").write_text("mine", encoding="utf-8")
+    with pytest.raises(MachineError) as caught:
+        export(llama.config, llama.state_dict(), own, tmp_path / "a.gguf", to="gguf")
+    assert caught.value.code == "E403"
+    assert (tmp_path / "a.Modelfile").read_text(encoding="utf-8") == "mine"
+    assert not (tmp_path / "a.gguf").exists()
 
 
 def test_what_fails_half_way_leaves_nothing_behind(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -245,6 +245,8 @@ HOSTILE = {
     "an offset behind the end": file(tensors=[tensor("a", [32], offset=2**40)], data=b"\0" * 128),
     "an offset of 2^64 - 32": file(tensors=[tensor("a", [32], offset=2**64 - 32)], data=b"\0" * 128),
     "a tensor twice": file(tensors=[ONE, ONE], data=b"\0" * 256),
+    "tensors in one place": file(tensors=[ONE, tensor("b", [32])], data=b"\0" * 128),
+    "tensors that overlap": file(tensors=[tensor("a", [64]), tensor("b", [32], offset=128)], data=b"\0" * 256),
     "numbers cut short": file(tensors=[ONE], data=b"\0" * 127),
 }  # fmt: skip
 
@@ -348,3 +350,31 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "missing", tmp_path / "pipe"):
         refusal(path, "E201")
+
+
+SINGLE = (
+    "general.architecture",
+    "llama.expert_count",
+    "llama.attention.key_length",
+    "llama.rope.scaling.type",
+)
+
+
+@pytest.mark.parametrize("key", [*SINGLE, "llama.embedding_length", "general.alignment"])
+@pytest.mark.parametrize("value", [[1, 2], ["llama", "llama"], []])
+def test_an_array_where_one_value_belongs_is_refused(tmp_path: Path, key: str, value: list[Any]) -> None:
+    refusal(put(tmp_path / "a.gguf", model(**SHAPES["plain"]), **{key: value}))
+
+
+def test_linear_scaling_is_found_as_llama_cpp_finds_it(tmp_path: Path) -> None:
+    """Which takes a missing type for linear, and an old key for the factor."""
+    for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
+        found = read_gguf(put(tmp_path / "a.gguf", model(**SHAPES["plain"]), **{key: 4.0}))[0].rope_scaling
+        assert found == RopeScaling(kind="linear", factor=4.0)
+        assert (
+            read_gguf(put(tmp_path / "a.gguf", model(**SHAPES["plain"]), **{key: 1.0}))[0].rope_scaling
+            is None
+        )
+    whole = {"llama.rope.scaling.factor": 4}  # stored as a whole number
+    found = read_gguf(put(tmp_path / "a.gguf", model(**SHAPES["plain"]), **whole))[0].rope_scaling
+    assert found == RopeScaling(kind="linear", factor=4.0)

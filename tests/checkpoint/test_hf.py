@@ -275,7 +275,20 @@ def files_opened():
     listening.clear()
 
 
-PATHS = ("absolute", "above", "backslash", "subfolder", "number", "none", "pickle", "pipe", "missing", "link")
+PATHS = (
+    "absolute",
+    "above",
+    "backslash",
+    "subfolder",
+    "number",
+    "none",
+    "pickle",
+    "pipe",
+    "missing",
+    "link",
+    "zero",
+    "half",
+)
 
 
 @pytest.mark.parametrize("kind", PATHS)
@@ -294,6 +307,8 @@ def test_no_path_in_an_index_leaves_the_folder(tmp_path, sharded, files_opened, 
         "number": 7,
         "none": None,
         "pickle": "weights.bin",
+        "zero": "\0.safetensors",
+        "half": "\ud800.safetensors",
     }
     if kind in names:
         write_index(

@@ -170,6 +170,13 @@ def test_a_pickle_that_grows_without_end_is_refused_in_time(tmp_path: Path) -> N
         with_pickle(tmp_path / "a text of 2^60 bytes.pth", b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"a.")
     )
     refusal(with_pickle(tmp_path / "no end.pth", b"\x80\x02}"))
+    refusal(with_pickle(tmp_path / "marks.pth", b"\x80\x02" + b")" * 90_000 + b"(t" * 50_000 + b"."))
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0" + b"0X\x03\0\0\0cpuK\x03tQ"
+    axes = b"(" + b"K\xff" * 9000 + b"t"
+    long = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0" + axes * 2 + b"\x89}tR"
+    assert "makes no sense" in refusal(
+        with_pickle(tmp_path / "axes.pth", b"\x80\x02}X\x01\0\0\0a" + long + b"s.")
+    )
     refusal(with_pickle(tmp_path / "nothing.pth", b""))
 
 
