@@ -26,7 +26,7 @@ from babyllama.checkpoint.blocks import KINDS, Floats, Kind
 from babyllama.checkpoint.contents import Refuse, Shape, Weights, compare, config_from, plain, shapes
 from babyllama.checkpoint.folder import opened
 from babyllama.checkpoint.hf import rename
-from babyllama.checkpoint.layout import halves_to_pairs, pairs_to_halves
+from babyllama.checkpoint.layout import halves_to_pairs, heads_of, pairs_to_halves
 from babyllama.errors import InputError, UsageError
 from babyllama.model import Config, RopeScaling, rope_frequencies
 
@@ -239,7 +239,6 @@ SINGLE = (  # no arrays
 ROPE = "rope_freqs.weight"  # what each frequency is divided by, where RoPE is scaled as in Llama 3.1
 SCALING = "llama.rope.scaling"  # the prefix of keys
 OURS = "babyllama.rope.scaling"  # ... of those that llama.cpp has no place for
-LINEAR = {"factor": f"{SCALING}.factor"}
 LLAMA3 = {
     "factor": f"{OURS}.factor",
     "low_freq_factor": f"{OURS}.low_freq_factor",
@@ -291,17 +290,10 @@ def read_gguf(path: str | Path) -> tuple[Config, Weights, dict[str, Any]]:
 
     def read(name: str) -> Tensor:
         weight = torch.from_numpy(file.numbers(rename(name, NAMES)))
-        heads = _heads(name, config)
+        heads = heads_of(name, config)
         return pairs_to_halves(weight, heads) if heads else weight
 
     return config, Weights(config, read, file.path), file.metadata
-
-
-def _heads(name: str, config: Config) -> int:
-    """How many heads the rows of a tensor are ordered by; 0: they are not."""
-    if name.endswith("attention.wq.weight"):
-        return config.n_heads
-    return config.n_kv_heads if name.endswith("attention.wk.weight") else 0
 
 
 def _scaling(file: GGUF, refuse: Refuse) -> RopeScaling | None:
@@ -408,7 +400,7 @@ def gguf_parts(
     yield head.ljust(_padded(len(head)), b"\0")
     for name_, _, stored in plan:
         weight = extra[name_] if name_ in extra else weights[name_].detach().float()
-        if heads := _heads(name_, config):
+        if heads := heads_of(name_, config):
             weight = halves_to_pairs(weight, heads)
         data = stored.write(weight.contiguous().numpy().reshape(-1))
         yield data.ljust(_padded(len(data)), b"\0")

@@ -20,6 +20,8 @@ Each head is ordered by itself, so k, with fewer heads than q, must be given its
 from jaxtyping import Shaped
 from torch import Tensor
 
+from babyllama.model import Config
+
 
 def pairs_to_halves(weight: Shaped[Tensor, "rows *rest"], n_heads: int) -> Shaped[Tensor, "rows *rest"]:
     """wq (with n_heads) or wk (with n_kv_heads) of Meta, llama2.c or GGUF, for the RoPE of babyllama.model."""
@@ -35,3 +37,10 @@ def halves_to_pairs(weight: Shaped[Tensor, "rows *rest"], n_heads: int) -> Shape
     assert rows % (2 * n_heads) == 0, f"{rows} rows are not {n_heads} heads of an even width"
     by_half = weight.reshape(n_heads, 2, rows // n_heads // 2, *weight.shape[1:])  # (heads, 2, hd/2, ...)
     return by_half.transpose(1, 2).reshape(weight.shape)
+
+
+def heads_of(name: str, config: Config) -> int:
+    """How many heads the rows of the tensor of this name (ours) are ordered by; 0: they are not."""
+    if name.endswith("attention.wq.weight"):
+        return config.n_heads
+    return config.n_kv_heads if name.endswith("attention.wk.weight") else 0

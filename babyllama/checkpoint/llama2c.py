@@ -24,7 +24,7 @@ from torch import Tensor
 
 from babyllama.checkpoint.contents import LARGEST, Shape, Weights
 from babyllama.checkpoint.folder import opened
-from babyllama.checkpoint.layout import halves_to_pairs, pairs_to_halves
+from babyllama.checkpoint.layout import halves_to_pairs, heads_of, pairs_to_halves
 from babyllama.errors import InputError, UsageError
 from babyllama.model import Config, rope_tables
 
@@ -70,7 +70,7 @@ def read_llama2c(path: str | Path) -> tuple[Config, Weights]:
         else:
             found = np.frombuffer(data, "<f4")
         weight = torch.from_numpy(found.astype(np.float32).reshape(shape))
-        heads = _heads(name, config)
+        heads = heads_of(name, config)
         return pairs_to_halves(weight, heads) if heads else weight
 
     return config, Weights(config, read, path)
@@ -144,13 +144,6 @@ def _bytes(shape: Shape, version: int, group: int) -> int:
     return numbers + 4 * numbers // group if version == 2 and len(shape) == 2 else 4 * numbers
 
 
-def _heads(name: str, config: Config) -> int:
-    """How many heads the rows of a tensor are ordered by; 0: they are not."""
-    if name.endswith("attention.wq.weight"):
-        return config.n_heads
-    return config.n_kv_heads if name.endswith("attention.wk.weight") else 0
-
-
 def _refuse(path: Path, found: str, fix: str) -> NoReturn:
     raise InputError("E209", path, found, fix)
 
@@ -196,7 +189,7 @@ def llama2c_parts(config: Config, weights: Mapping[str, Tensor], version: int = 
                 yield from _rope(config)
                 continue
             weight = weights[name.format(layer)].detach().float()
-            if heads := _heads(name, config):
+            if heads := heads_of(name, config):
                 weight = halves_to_pairs(weight, heads)
             numbers = weight.contiguous().numpy()
             if version == 2 and numbers.ndim == 2:

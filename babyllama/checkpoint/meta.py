@@ -24,7 +24,7 @@ from torch import Tensor
 from babyllama.checkpoint.contents import KINDS, Shape, Weights, compare, config_from, number, plain, shapes
 from babyllama.checkpoint.folder import read_json
 from babyllama.checkpoint.hf import rename
-from babyllama.checkpoint.layout import halves_to_pairs, pairs_to_halves
+from babyllama.checkpoint.layout import halves_to_pairs, heads_of, pairs_to_halves
 from babyllama.checkpoint.pth import Archive
 from babyllama.errors import InputError, UsageError
 from babyllama.model import Config, RopeScaling, hidden_width
@@ -93,11 +93,8 @@ def read_meta(folder: Path) -> tuple[Config, Weights]:
             if any(not torch.equal(weight, part) for part in parts[1:]):
                 found = f"{name} is not the same in all files: they are of different models"
                 raise _wrong(folder, found)
-        if name.endswith("attention.wq.weight"):
-            weight = pairs_to_halves(weight, config.n_heads)
-        elif name.endswith("attention.wk.weight"):
-            weight = pairs_to_halves(weight, config.n_kv_heads)
-        return weight
+        heads = heads_of(name, config)
+        return pairs_to_halves(weight, heads) if heads else weight
 
     return config, Weights(config, read, folder)
 
@@ -195,10 +192,8 @@ def meta_parts(config: Config, weights: Mapping[str, Tensor], shards: int = 1) -
         tensors = {}
         for name in shapes(config):
             weight = weights[name].detach().float()
-            if name.endswith("attention.wq.weight"):
-                weight = halves_to_pairs(weight, config.n_heads)
-            elif name.endswith("attention.wk.weight"):
-                weight = halves_to_pairs(weight, config.n_kv_heads)
+            if heads := heads_of(name, config):
+                weight = halves_to_pairs(weight, heads)
             if weight.dim() == 2:
                 weight = weight.chunk(shards, _cut_axis(name, tuple(weight.shape)))[shard]
             tensors[rename(name, NAMES)] = weight.clone()

@@ -20,20 +20,20 @@ class _Settings(c.Structure):
     )
 
 
-def _library() -> Any:
+def _loaded() -> Any:
     found = importlib.util.find_spec("xllamacpp")
     if not found or not found.origin:
         pytest.skip("the package xllamacpp, which carries llama.cpp, is not installed")
     try:
-        library = c.PyDLL(str(next(Path(found.origin).parent.glob("*.abi3.so"))))
+        llama = c.PyDLL(str(next(Path(found.origin).parent.glob("*.abi3.so"))))
     except (OSError, StopIteration) as error:
         pytest.skip(f"llama.cpp does not start on this machine: {error}")
-    library.llama_model_default_params.restype = _Settings
-    library.llama_model_load_from_file.restype = library.llama_model_get_vocab.restype = c.c_void_p
-    library.llama_model_load_from_file.argtypes = [c.c_char_p, _Settings]
-    library.llama_model_get_vocab.argtypes = library.llama_model_free.argtypes = [c.c_void_p]
+    llama.llama_model_default_params.restype = _Settings
+    llama.llama_model_load_from_file.restype = llama.llama_model_get_vocab.restype = c.c_void_p
+    llama.llama_model_load_from_file.argtypes = [c.c_char_p, _Settings]
+    llama.llama_model_get_vocab.argtypes = llama.llama_model_free.argtypes = [c.c_void_p]
     numbers = c.POINTER(c.c_int32)
-    library.llama_tokenize.argtypes = [
+    llama.llama_tokenize.argtypes = [
         c.c_void_p,
         c.c_char_p,
         c.c_int32,
@@ -42,9 +42,9 @@ def _library() -> Any:
         c.c_bool,
         c.c_bool,
     ]
-    library.llama_vocab_is_eog.argtypes = [c.c_void_p, c.c_int32]
-    library.llama_vocab_is_eog.restype = c.c_bool
-    return library
+    llama.llama_vocab_is_eog.argtypes = [c.c_void_p, c.c_int32]
+    llama.llama_vocab_is_eog.restype = c.c_bool
+    return llama
 
 
 _SILENT = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)(lambda level, text, data: None)
@@ -54,21 +54,21 @@ class LlamaCpp:
     """The vocabulary of a GGUF, which may have no tensors. The test that asks for one skips without llama.cpp."""
 
     def __init__(self, path: Path) -> None:
-        self.library = _library()
-        self.library.llama_log_set(_SILENT, None)
-        settings = self.library.llama_model_default_params()
+        self.llama = _loaded()
+        self.llama.llama_log_set(_SILENT, None)
+        settings = self.llama.llama_model_default_params()
         if (settings.n_gpu_layers, settings.use_extra_bufts) != (-1, True):
             pytest.skip("this version of llama.cpp keeps its settings in another order")
         settings.vocab_only = True
-        self.model = self.library.llama_model_load_from_file(str(path).encode(), settings)
+        self.model = self.llama.llama_model_load_from_file(str(path).encode(), settings)
         assert self.model, "llama.cpp does not read this file"
-        self.vocab = self.library.llama_model_get_vocab(self.model)
+        self.vocab = self.llama.llama_model_get_vocab(self.model)
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         raw = text.encode()
         ids = (c.c_int32 * (len(raw) + 8))()
-        count = self.library.llama_tokenize(self.vocab, raw, len(raw), ids, len(ids), add_special, False)
+        count = self.llama.llama_tokenize(self.vocab, raw, len(raw), ids, len(ids), add_special, False)
         return ids[:count]
 
     def ends(self, size: int) -> set[int]:
-        return {id for id in range(size) if self.library.llama_vocab_is_eog(self.vocab, id)}
+        return {id for id in range(size) if self.llama.llama_vocab_is_eog(self.vocab, id)}
