@@ -76,6 +76,22 @@ AS_IT_IS = Cell("as it is")
 
 # In the order in which they decide. Every baseline is what the recipe does by itself.
 GROUPS: dict[str, list[Cell]] = {
+    "defaults": [  # one at a time is taken back
+        AS_IT_IS,
+        Cell("AdamW", {"optimizer": "adamw"}),
+        Cell("not cautious", {"cautious": False}),
+        Cell("tied", {"tie_embeddings": True, "embedding_norm": False}),
+        Cell("without embedding norm", {"embedding_norm": False}),
+        Cell("GPT-2 init", {"init": "gpt2"}),
+        Cell("cosine to 0", {"schedule": "cosine"}),
+        Cell("linear to 10 %", {"final": 0.1}),
+        Cell("no warm-up", {"warmup": 0.0}),
+        Cell("no average", {"average": 0.0}),
+        Cell("clipped at 1", {"clip": 1.0}),
+        Cell("weight decay 0", {"weight_decay": 0.0}),
+        Cell("dropout 0.1", {"dropout": 0.1}),
+        Cell("context 128", {"context": 128}),
+    ],
     "start": [  # against the plainest of all
         AS_IT_IS,
         Cell(

@@ -1,7 +1,7 @@
 """Training, babyllama beside its peers: same machine, same text, same hold-out, same evaluator.
 
     python benchmarks/training.py --throughput [--shape NAME ...] [--rounds 5] [--seconds 3]
-    python benchmarks/training.py --quality FILE [--minutes 1 3 10] [--tune] [--clock cold|warm]
+    python benchmarks/training.py --quality FILE [--minutes 1 3 10] [--tune [MINUTES]] [--clock cold|warm]
 
 --throughput: one shape, one batch, random ids. All contestants stand in one process and take turns of a few seconds,
 round after round, so that whatever else the machine does meets all of them. Printed are the median of the rounds and
@@ -20,8 +20,9 @@ The budget is of --clock, cold unless told otherwise, for everyone. Scoring is o
 runs as its users run it (`api.train` on data from `prepare`, which sets 1 % of its 90 % aside for itself); its own
 short evaluations and its saves are inside its clock, and every point of its curve is a saved step, loaded again.
 
---tune: first every contestant tries its five learning rates, each for the whole budget, on the first 90 % of the
-training part, scored on the rest of that part; the best one then goes to the hold-out, beside the documented one.
+--tune: first every contestant tries its five learning rates, each for the whole budget or for MINUTES, on the first
+90 % of the training part, scored on the rest of that part; the best one then goes to the hold-out, beside the
+documented one (--tuned-only: instead of it).
 
 Every run is appended to OUT/runs.jsonl at once, and none is made twice: an interrupted comparison goes on where it
 stopped. babyllama's runs are made anew when its code has changed.
@@ -57,6 +58,7 @@ from shapes import SHAPES, Shape, training_flops
 
 PEAK_SIZE = 2048  # of the bare matrix product
 POINTS = 8  # of a curve
+WHOLE = -1.0  # of --tune: as long as the run itself
 OWN_VALIDATION = 0.01  # of its training text that babyllama sets aside for itself
 
 
@@ -64,7 +66,13 @@ OWN_VALIDATION = 0.01  # of its training text that babyllama sets aside for itse
 
 
 def matrix_peak(kind: torch.dtype, size: int = PEAK_SIZE, seconds: float = 1.0) -> float:
-    """FLOPs a second of the fastest product of two size x size matrices in `seconds`."""
+    """FLOPs a second of the fastest product of two size x size matrices in `seconds`.
+
+    A CPU without instructions for `kind` would take a minute for one: it is measured on smaller matrices.
+    """
+    small = size // 8
+    if size > small >= 64 and 2 * size**3 / matrix_peak(kind, small, seconds / 10) > seconds:
+        return matrix_peak(kind, small, seconds)
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(size, size, generator=generator).to(kind) for _ in range(2))
     best, began, turns = float("inf"), time.perf_counter(), 0
@@ -119,6 +127,7 @@ def throughput_table(
     """Markdown. `peaks`: FLOPs a second by "bf16" and "float32"; `memory`: bytes."""
     baseline = next(iter(speeds))
     flops, relative = training_flops(shape.config, shape.context), ratios(speeds, baseline)
+    shown = [peaks[kind] for kind in DTYPES]  # bf16 below float32 is emulated, and no peak of anything
     lines = [
         f"| {shape.name} | tokens/s, median (spread) | x {baseline} (spread) | model GFLOP/s "
         "| of the bf16 product | of the float32 product | peak memory, MiB |",
@@ -131,7 +140,7 @@ def throughput_table(
             f"{rate:,.0f} ({min(each):,.0f} to {max(each):,.0f})",
             f"{statistics.median(ratio):.2f} ({ratio[0]:.2f} to {ratio[-1]:.2f})",
             f"{rate * flops / 1e9:,.0f}",
-            *(f"{100 * rate * flops / peaks[kind]:.0f} %" for kind in ("bf16", "float32")),
+            *(f"{100 * rate * flops / peak:.0f} %" if peak >= peaks["float32"] else "-" for peak in shown),
             f"{memory[name] / 2**20:,.0f}" if memory.get(name) else "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -396,10 +405,12 @@ def quality(given: argparse.Namespace) -> None:
     results: list[dict[str, Any]] = []
     done, package = ablate.read_lines(out / "runs.jsonl"), ablate.code()
 
-    def run(name: str, minutes: float, rate: float, paths: dict[str, str], seed: int = 1) -> dict[str, Any]:
+    def run(
+        name: str, minutes: float, rate: float, paths: dict[str, str], seed: int = 1, points: int = given.points
+    ) -> dict[str, Any]:
         """One run, or what an earlier call of this program found under the same conditions."""
         key = {"name": name, "minutes": minutes, "rate": rate, "seed": seed, "clock": given.clock}
-        key |= {"threads": torch.get_num_threads(), "points": given.points}
+        key |= {"threads": torch.get_num_threads(), "points": points}
         key["text"] = hashlib.sha256(Path(paths["train"]).read_bytes()).hexdigest()[:8]
         key["code"] = package if peers.QUALITY[name].model == "babyllama" else ""
         for line in done:
@@ -416,9 +427,12 @@ def quality(given: argparse.Namespace) -> None:
         for name in names:
             rates = {"documented": peers.QUALITY[name].rates[0]}
             if given.tune:
-                tried = {rate: run(name, minutes, rate, inner) for rate in peers.QUALITY[name].rates}
+                tries = minutes if given.tune == WHOLE else given.tune
+                tried = {rate: run(name, tries, rate, inner, points=1) for rate in peers.QUALITY[name].rates}
                 rates["tuned"] = min(tried, key=lambda rate: tried[rate]["bits_per_byte"])
-            if len(set(rates.values())) == 1:
+            if given.tune and given.tuned_only:
+                del rates["documented"]
+            elif len(set(rates.values())) == 1:
                 rates = {" and ".join(rates): next(iter(rates.values()))}
             for how, rate in rates.items():
                 for seed in range(1, given.seeds + 1):
@@ -520,7 +534,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seconds", type=float, default=3.0, help="of one turn")
     found.add_argument("--minutes", type=float, nargs="+", default=[1.0, 3.0, 10.0])
     found.add_argument("--seeds", type=int, default=1)
-    found.add_argument("--tune", action="store_true")
+    found.add_argument("--tune", nargs="?", type=float, const=WHOLE, default=0.0, metavar="MINUTES")
+    found.add_argument("--tuned-only", action="store_true", help="not the documented rates as well")
     found.add_argument("--clock", choices=["cold", "warm"], default="cold")
     found.add_argument("--points", type=int, default=POINTS, help="of each curve")
     found.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
