@@ -406,7 +406,12 @@ def quality(given: argparse.Namespace) -> None:
     done, package = ablate.read_lines(out / "runs.jsonl"), ablate.code()
 
     def run(
-        name: str, minutes: float, rate: float, paths: dict[str, str], seed: int = 1, points: int = given.points
+        name: str,
+        minutes: float,
+        rate: float,
+        paths: dict[str, str],
+        seed: int = 1,
+        points: int = given.points,
     ) -> dict[str, Any]:
         """One run, or what an earlier call of this program found under the same conditions."""
         key = {"name": name, "minutes": minutes, "rate": rate, "seed": seed, "clock": given.clock}
