@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from babyllama import machine
-from babyllama.checkpoint.export import FORMATS
+from babyllama.checkpoint.contents import plain
+from babyllama.checkpoint.export import FORMATS, bare
 from babyllama.checkpoint.export import export as write_export
 from babyllama.checkpoint.hf import build, read_config
 from babyllama.checkpoint.open import FIX, open_llama
@@ -256,11 +257,14 @@ def find(path: str | Path, step: int | None = None) -> Path:
     Raises InputError E201 when nothing is there.
     """
     name, path = str(path), Path(path)
-    if (path / RUN_JSON).is_file():
-        run = Run(path)
-        return run.checked(run.best() if step is None else step)
-    if path.exists():
-        return path
+    try:
+        if (path / RUN_JSON).is_file():
+            run = Run(path)
+            return run.checked(run.best() if step is None else step)
+        if path.exists():
+            return path
+    except OSError as error:  # longer than a name can be, in a folder that nobody may look into
+        raise InputError("E201", plain(name), f"cannot be looked at ({error.strerror})", FIX) from None
     if (name in MODELS or name.startswith("hub:")) and (kept := place_of(name)).is_dir():
         return kept
     if name in MODELS or name.startswith("hub:"):
@@ -273,6 +277,7 @@ class Exported:
     """What an export wrote, and what came of reading it again; None: that was not wanted."""
 
     paths: list[Path]
+    config: Config
     verdict: Verdict | None
 
 
@@ -303,13 +308,18 @@ def export(
     """
     if kind is not None and to != "gguf":
         raise UsageError("E103", "--type", f"is of a GGUF, and {to} has one kind of numbers", "leave it out")
+    for option, given, of in (("--shards", shards != 1, "meta"), ("--version", version != 0, "llama2c")):
+        if given and to != of:
+            raise UsageError("E103", option, f"is of {of}, and has no meaning for {to}", "leave it out")
     kind = kind or ("f16" if to == "gguf" else "f32")
     found = find(path, step)
     model = open_llama(found)
     wanted = with_tokenizer or to != "llama2c"
     chosen = (model.tokenizer() if tokenizer is None else Tokenizer.load(tokenizer)) if wanted else None
     if out is None:
-        name = Path(path).resolve().stem + {"gguf": f"-{kind}", "meta": "-meta", "hf": "-hf"}.get(to, "")
+        name = bare(Path(path).resolve().name) + {"gguf": f"-{kind}", "meta": "-meta", "hf": "-hf"}.get(
+            to, ""
+        )
         out = Path(name + FORMATS.get(to, ""))
     paths = write_export(
         model.config, model.weights, chosen, Path(out), to=to, kind=kind, shards=shards, version=version
@@ -318,7 +328,7 @@ def export(
     if verify:
         told = "q8_0" if to == "llama2c" and version == 2 else kind
         verdict = verify_export(model.config, model.weights, chosen, paths[0], to=to, kind=told)
-    return Exported(paths, verdict)
+    return Exported(paths, model.config, verdict)
 
 
 class Answer(Iterator[str]):

@@ -429,6 +429,7 @@ def export(
     the same logits.
     """
     from babyllama import api
+    from babyllama.checkpoint.export import bare
     from babyllama.terminal import command, console, facts, note, size
 
     found = api.export(
@@ -452,10 +453,10 @@ def export(
     uses = {
         "gguf": [
             ("llama.cpp", command("llama-completion", "-m", first, "-p", "Once")),
-            ("Ollama", command("ollama", "create", first.stem, "-f", beside)),
+            ("Ollama", command("ollama", "create", bare(first.name), "-f", beside)),
         ],
         "llama2c": [("llama2.c", command("./run", first, "-z", beside, "-i", "Once"))] * with_tokenizer,
-        "meta": [],
+        "meta": [("Meta's code", f"Llama.build(..., max_seq_len={found.config.max_seq_len})")],
         "hf": [("Python", f'AutoModelForCausalLM.from_pretrained("{first}")')],
     }
     for name, use in uses[to]:

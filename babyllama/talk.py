@@ -31,8 +31,8 @@ def talk(
 ) -> None:
     """Talk until the person leaves. `write` shows text of the model; `options` are those of LoadedLlama.chat.
 
-    Raises KeyboardInterrupt when Ctrl-C is pressed twice at the prompt. Errors end a conversation in a pipe; in a
-    terminal they are shown, the message that caused one is forgotten, and the conversation goes on.
+    Raises KeyboardInterrupt when Ctrl-C is pressed twice at the prompt, or once in a pipe. Errors end a conversation
+    in a pipe; in a terminal they are shown, the message that caused one is forgotten, and the conversation goes on.
     """
     conversation = Conversation(llama, write, system, options)
     plain = llama.chat_template.plain  # and if the template cannot be used, that is said now
@@ -46,12 +46,15 @@ def talk(
             errors.print(PLAIN, markup=False, soft_wrap=True)
         for message in _lines(sys.stdin.buffer):
             conversation.turn(message)
+            if conversation.stopped:
+                raise KeyboardInterrupt
 
 
 class Conversation:
     """What was said so far, and the model that goes on with it.
 
     messages  for LoadedLlama.chat; an answer that was stopped is marked: "stopped": true.
+    stopped   whether Ctrl-C stopped the last answer.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Conversation:
         self.llama, self.write, self.options = llama, write, options
         self.system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, Any]] = [*self.system]
-        self.left_out = 0
+        self.left_out, self.stopped = 0, False
         self.saved: set[Path] = set()
 
     def turn(self, message: str) -> str:
@@ -70,33 +73,33 @@ class Conversation:
         """
         self.messages.append({"role": "user", "content": message})
         said: list[str] = []
-        answer, stopped, began = None, False, time.perf_counter()
+        answer, self.stopped, began = None, False, time.perf_counter()
         try:
             answer = self.llama.chat(self.messages, **self.options)
             for piece in _trimmed(_kept(answer, said)):
                 self.write(piece, end="")
         except KeyboardInterrupt:
-            stopped = True
+            self.stopped = True
         except BaseException:
             self.messages.pop()
             raise
         seconds = time.perf_counter() - began
         self.write("", end="\n")
-        if stopped and not said:
+        if self.stopped and not said:
             self.messages.pop()
             return "Stopped before the first word; your message is forgotten."
-        marks = {"stopped": True} if stopped else {}
+        marks = {"stopped": True} if self.stopped else {}
         self.messages.append({"role": "assistant", "content": "".join(said), **marks})
         assert answer is not None
-        return self._counts(answer, seconds, stopped)
+        return self._counts(answer, seconds)
 
-    def _counts(self, answer: Any, seconds: float, stopped: bool) -> str:
+    def _counts(self, answer: Any, seconds: float) -> str:
         used, context = answer.prompt_tokens + answer.tokens, self.llama.config.max_seq_len
         parts = [
             f"{plural(answer.tokens, 'token')} in {seconds:.1f} s, {answer.tokens / max(seconds, 1e-9):.1f} a second",
             f"context {used:,} of {context:,}",
         ]
-        if stopped:
+        if self.stopped:
             parts.append("stopped")
         elif not answer.ended:
             parts.append("cut: the context is full" if used >= context else "cut at --max-tokens")

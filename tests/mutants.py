@@ -1162,7 +1162,7 @@ MUTANTS = [
            "start_new_session=True", "start_new_session=False",
            CHAT + "test_ctrl_c_does_not_reach_the_process_that_renders"),
     Mutant("talk: a stopped answer is forgotten", "talk.py",
-           "if stopped and not said:", "if stopped:",
+           "if self.stopped and not said:", "if self.stopped:",
            "test_talk.py::test_ctrl_c_keeps_the_answer_as_far_as_it_went"),
     Mutant("talk: a turn that failed is remembered", "talk.py",
            "self.messages.pop()\n            raise", "raise",

@@ -141,6 +141,7 @@ def test_a_tokenizer_given_by_name_is_used_and_one_that_is_too_large_is_refused(
 def test_what_holds_no_model_is_refused(tmp_path):
     refused("E201", load, tmp_path)
     refused("E201", load, tmp_path / "nowhere")
+    refused("E201", load, "a" * 5000)
     refused("E201", load_config, tmp_path)
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     refused("E202", load, tmp_path)

@@ -234,6 +234,54 @@ def test_info_shows_a_run_and_a_bare_config_alike(run, said):
     assert max(map(len, shown.splitlines()[1:])) <= 80
 
 
+@pytest.mark.parametrize("to", ["gguf", "meta", "hf"])
+def test_export_writes_a_model_that_opens_again_and_tells_how_to_use_it(run, to, tmp_path, said, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = " ".join(said("export", run, "--to", to).split())
+    written, use = {
+        "gguf": ("run-f16.gguf", "ollama create run-f16 -f run-f16.Modelfile"),
+        "meta": ("run-meta", "max_seq_len=32"),
+        "hf": ("run-hf", "AutoModelForCausalLM.from_pretrained("),
+    }[to]
+    assert use in shown and written in shown and "bits per byte" in shown
+    beside = {"run-f16.Modelfile"} if to == "gguf" else set()
+    assert {path.name for path in tmp_path.iterdir()} == {written} | beside
+    assert said("generate", written, "There was", "--max-tokens", 4).startswith("There was")
+    said("export", run, "--to", to, status=4)  # nothing is written over it
+
+
+def test_export_to_llama2c_goes_without_a_vocabulary_that_it_cannot_hold(run, tmp_path, said):
+    said("export", run, "--to", "llama2c", "--out", tmp_path / "a.bin", status=3)
+    assert not list(tmp_path.iterdir())
+    said("export", run, "--to", "llama2c", "--out", tmp_path / "a.bin", "--no-tokenizer-file")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_export_says_which_options_do_not_go_together(run, tmp_path, capsys):
+    for arguments, code in (
+        (["--to", "pickle"], "E101"),
+        (["--to", "gguf", "--type", "q2_k"], "E101"),
+        (["--to", "meta", "--type", "f16"], "E103"),
+        (["--to", "gguf", "--shards", "2"], "E103"),
+        (["--to", "hf", "--version", "1"], "E103"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["export", str(run), "--out", str(tmp_path / "a"), *arguments])
+        assert left.value.code == 2 and code in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_pull_tells_where_a_model_is_kept_and_how_to_talk_with_it(run, said, monkeypatch, capsys):
+    folder = Run(run).folder(Run(run).best())
+    monkeypatch.setattr(api, "pull", lambda name: folder)
+    shown = said("pull", "smollm2")
+    assert str(folder) in "".join(shown.split()) and "babyllama chat smollm2" in shown
+    monkeypatch.undo()
+    with pytest.raises(SystemExit) as left:
+        main(["pull", "smollm3"])
+    assert left.value.code == 3 and "E308" in capsys.readouterr().err
+
+
 QUESTIONS = [
     Question((("There was", " once"), ("There was", " twice a king")), 0),
     Question((("the youngest", " was called"), ("the youngest", " three")), 1),

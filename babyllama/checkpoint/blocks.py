@@ -6,6 +6,7 @@ Source: https://github.com/ggml-org/ggml, ggml-common.h (what a block holds) and
 """
 
 import builtins
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+LARGEST_HALF = float(np.finfo(np.float16).max)
 AT_ONCE = 2**21  # numbers that are turned together, so that no tensor needs much more memory than it fills
 
 
@@ -120,9 +122,7 @@ def _to_f32(numbers: Floats) -> Bytes:
 
 
 def _to_f16(numbers: Floats) -> Bytes:
-    """To the nearest float16; what is larger than all of them becomes the largest."""
-    largest = np.finfo(np.float16).max
-    return np.clip(numbers, -largest, largest).astype("<f2").view(np.uint8)
+    return numbers.astype("<f2").view(np.uint8)
 
 
 def _to_bf16(numbers: Floats) -> Bytes:
@@ -163,6 +163,7 @@ class Kind(NamedTuple):
     bytes: int
     decode: Callable[[Bytes], Floats]
     encode: Callable[[Floats], Bytes] | None = None  # None: this kind is only read
+    largest: float = 0.0  # magnitude that it is sure to hold, of those that are written
 
     def read(self, data: Bytes) -> Floats:
         """Whole blocks -> their numbers, in one dimension."""
@@ -185,15 +186,15 @@ class Kind(NamedTuple):
 
 
 KINDS = {  # by the number that ggml gives the type
-    0: Kind("F32", 1, 4, _f32, _to_f32),
-    1: Kind("F16", 1, 2, _f16, _to_f16),
-    2: Kind("Q4_0", 32, 18, _q4_0, _to_q4_0),
+    0: Kind("F32", 1, 4, _f32, _to_f32, math.inf),
+    1: Kind("F16", 1, 2, _f16, _to_f16, LARGEST_HALF),
+    2: Kind("Q4_0", 32, 18, _q4_0, _to_q4_0, LARGEST_HALF),
     3: Kind("Q4_1", 32, 20, _q4_1),
     6: Kind("Q5_0", 32, 22, _q5_0),
     7: Kind("Q5_1", 32, 24, _q5_1),
-    8: Kind("Q8_0", 32, 34, _q8_0, _to_q8_0),
+    8: Kind("Q8_0", 32, 34, _q8_0, _to_q8_0, LARGEST_HALF),
     12: Kind("Q4_K", 256, 144, _q4_k),
     13: Kind("Q5_K", 256, 176, _q5_k),
     14: Kind("Q6_K", 256, 210, _q6_k),
-    30: Kind("BF16", 1, 2, _bf16, _to_bf16),
+    30: Kind("BF16", 1, 2, _bf16, _to_bf16, 3.38e38),
 }

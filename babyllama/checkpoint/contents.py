@@ -94,7 +94,7 @@ def compare(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: ob
         problems.append(f"{plain(name)} is not part of a Llama" + (f" (nearest: {near[0]})" if near else ""))
     misshapen = [name for name in sorted(found.keys() & expected.keys()) if found[name] != expected[name]]
     problems += [
-        f"{name} has shape {found[name]}, {says} says {expected[name]}" for name in misshapen[:SHOWN]
+        f"{name} has shape {plain(found[name])}, {says} says {expected[name]}" for name in misshapen[:SHOWN]
     ]
     if problems:
         more = len(missing) + len(unexpected) + len(misshapen) - len(problems[:SHOWN])

@@ -43,7 +43,7 @@ def export(
     if to not in FORMATS:
         raise UsageError("E101", "--to", f"{to!r} is not a format", f"choose one of {', '.join(FORMATS)}")
     suffix = {"gguf": ".Modelfile", "llama2c": "-tokenizer.bin"}.get(to)
-    beside = out if suffix is None else out.with_name(out.stem + suffix)
+    beside = out if suffix is None else out.with_name(bare(out.name) + suffix)
     for path in (out, beside):
         if path.exists():
             fix = "choose another --out, or remove it first"
@@ -51,7 +51,7 @@ def export(
     if to == "gguf":
         assert tokenizer is not None
         vocabulary = to_gguf(tokenizer, config.vocab_size)
-        replace_file_by_parts(out, gguf_parts(config, weights, vocabulary, kind, out.stem))
+        replace_file_by_parts(out, gguf_parts(config, weights, vocabulary, kind, bare(out.name)))
         replace_file(beside, modelfile(out.name, "tokenizer.chat_template" in vocabulary))
         return [out, beside]
     if to == "llama2c":
@@ -72,6 +72,12 @@ def export(
         for name, content in files:
             (folder / name).write_bytes(content)
     return [out]
+
+
+def bare(name: str) -> str:
+    """The name of a model's file or folder without the ending that tells its format: "Llama-3.2-1B" has none."""
+    stem, _, ending = name.rpartition(".")
+    return stem if stem and ending in ("gguf", "bin", "pth", "safetensors") else name
 
 
 def modelfile(name: str, has_template: bool) -> bytes:

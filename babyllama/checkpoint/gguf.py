@@ -106,7 +106,7 @@ class _Reader:
             found[key] = self._value(key)
         self.alignment = found.get("general.alignment", ALIGNMENT)
         if type(self.alignment) is not int or not 0 < self.alignment <= 2**16 or self.alignment % 8:
-            self.refuse(f"has alignment {self.alignment!r}, expected a multiple of 8")
+            self.refuse(f"has alignment {plain(self.alignment)}, expected a multiple of 8")
         return found
 
     def tensors(self) -> dict[str, Stored]:
@@ -232,7 +232,7 @@ NAMES = {  # ours: theirs; N is the number of the layer
     "lm_head.weight": "output.weight",
 }
 SINGLE = (  # no arrays
-    *("general.architecture", "llama.expert_count"),
+    *("general.architecture", "llama.expert_count", "split.count"),
     *("llama.attention.key_length", "llama.attention.value_length"),
     *("llama.rope.scaling.type", "llama.rope.scaling.factor", "llama.rope.scale_linear"),
 )
@@ -264,6 +264,10 @@ def read_gguf(path: str | Path) -> tuple[Config, Weights, dict[str, Any]]:
         raise refuse("general.architecture", f"is {plain(kind)}, expected llama")
     if file.metadata.get("llama.expert_count"):
         raise refuse("llama.expert_count", "is above 0: a mixture of experts, which a Llama is not")
+    parts = file.metadata.get("split.count")
+    if type(parts) is int and parts > 1:
+        fix = "join them with llama.cpp:  llama-gguf-split --merge FIRST-PART WHOLE.gguf"
+        raise InputError("E210", file.path, f"is one of {parts:,} parts of a model", fix)
     values = {ours: file.metadata[theirs] for ours, theirs in SIZES.items() if theirs in file.metadata}
     for ours in NEEDED:
         if ours not in values:
@@ -361,7 +365,7 @@ def gguf_parts(
     kind  of the matrices, one of TYPES. Norms stay float32. With q4_0 the vocabulary's two matrices are q8_0, and
           a matrix whose rows are no multiple of 32 is float16.
 
-    Raises UsageError E101 for another kind.
+    Raises UsageError E101 for another kind, E105 for numbers that it cannot hold.
     """
     if kind not in TYPES:
         raise UsageError("E101", "--type", f"{kind!r} is not a type", f"choose one of {', '.join(TYPES)}")
@@ -402,6 +406,11 @@ def gguf_parts(
         weight = extra[name_] if name_ in extra else weights[name_].detach().float()
         if heads := heads_of(name_, config):
             weight = halves_to_pairs(weight, heads)
+        if (largest := float(weight.abs().max())) > stored.largest:
+            found = (
+                f"{name_} holds numbers up to {largest:.3g}, {stored.name} only up to {stored.largest:.3g}"
+            )
+            raise UsageError("E105", "--type", found, "take f32, or bf16")
         data = stored.write(weight.contiguous().numpy().reshape(-1))
         yield data.ljust(_padded(len(data)), b"\0")
 

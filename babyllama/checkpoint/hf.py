@@ -113,9 +113,9 @@ def read_config(path: Path) -> Config:
         return InputError("E202", f"{path}, {key}", found, fix)
 
     if raw.get("model_type") != "llama":
-        raise refuse("model_type", f"is {raw.get('model_type')!r}, expected 'llama'")
+        raise refuse("model_type", f"is {plain(raw.get('model_type'))}, expected llama")
     if raw.get("hidden_act", "silu") != "silu":
-        raise refuse("hidden_act", f"is {raw['hidden_act']!r}, Llama has 'silu'")
+        raise refuse("hidden_act", f"is {plain(raw['hidden_act'])}, Llama has silu")
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
             raise refuse(key, "is true, Llama has no biases")
@@ -126,14 +126,14 @@ def read_config(path: Path) -> Config:
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(key) or {}, dict):
-            raise refuse(key, f"is {raw[key]!r:.60}, expected an object")
+            raise refuse(key, f"is {plain(raw[key])}, expected an object")
         rope |= raw.get(key) or {}
     theta = rope.get("rope_theta", raw.get("rope_theta"))
     if theta is not None:
         values["rope_theta"] = theta
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise refuse("rope_scaling", f"is of type {kind!r}; 'linear' and 'llama3' are known")
+        raise refuse("rope_scaling", f"is of type {plain(kind)}; linear and llama3 are known")
     if kind != "default":
         keys = {"factor": "factor"}
         if kind == "llama3":
@@ -149,7 +149,7 @@ def read_config(path: Path) -> Config:
         if not all(0 < value < math.inf for value in scaling.values()) or scaling.get(
             "low_freq_factor", 0
         ) >= scaling.get("high_freq_factor", 1):
-            raise refuse("rope_scaling", f"has impossible factors: {rope}")
+            raise refuse("rope_scaling", f"has impossible factors: {plain(scaling)}")
         if "original_max_seq_len" in scaling:
             scaling["original_max_seq_len"] = int(scaling["original_max_seq_len"])
         values["rope_scaling"] = RopeScaling(kind=kind, **scaling)
@@ -183,8 +183,10 @@ def model_files(config: Config, weights: Mapping[str, Tensor], tokenizer: Tokeni
     }
 
 
-def read_model(folder: Path) -> tuple[Config, Weights]:
+def read_model(folder: Path, weights: Path | None = None) -> tuple[Config, Weights]:
     """The Config and the weights of a Hugging Face folder, in one safetensors file or several.
+
+    weights  a file beside its config.json to take them from; None, or one of the folder's own: from those.
 
     Raises InputError E202 for the configuration, E203 listing every tensor that is missing, unexpected or of another
     shape than the configuration says, E205 when a file is missing, cut short or no safetensors file. Nothing is
@@ -192,6 +194,8 @@ def read_model(folder: Path) -> tuple[Config, Weights]:
     """
     config = read_config(folder / "config.json")
     files = _files(folder)
+    if weights is not None and weights not in files:
+        files = [weights]
     found: dict[str, tuple[Path, Shape]] = {}
     for path in files:
         for name, shape in _header(path).items():
@@ -203,22 +207,23 @@ def read_model(folder: Path) -> tuple[Config, Weights]:
     there = {name: shape for name, (_, shape) in found.items() if not _needless(name, config)}
     compare(there, expected, where, "config.json")
 
-    def read(name: str) -> Tensor:
-        theirs = rename(name)
-        path = found[theirs][0]
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(theirs)
+    mapped: dict[Path, Any] = {}
+    for path in files:
+        try:  # what the headers do not tell: that they and the files' sizes agree
+            mapped[path] = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise _damaged(path, f"is not a whole safetensors file ({error})") from None
 
-    for path in files:  # what the headers do not tell: that they and the files' sizes agree
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise _damaged(path, f"is not a whole safetensors file ({error})") from None
+    def read(name: str) -> Tensor:
+        theirs = rename(name)
+        return mapped[found[theirs][0]].get_tensor(theirs)
+
     return config, Weights(config, read, where)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds safetensors under the names that Hugging Face gives them."""
+    return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
 
 
 def _needless(name: str, config: Config) -> bool:

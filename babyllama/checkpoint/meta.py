@@ -29,7 +29,7 @@ from babyllama.checkpoint.pth import Archive
 from babyllama.errors import InputError, UsageError
 from babyllama.model import Config, RopeScaling, hidden_width
 
-PARAMS = "params.json"
+PARAMS, FILES = "params.json", "consolidated.*.pth"
 SIZES = (
     "vocab_size",
     "dim",
@@ -99,8 +99,13 @@ def read_meta(folder: Path) -> tuple[Config, Weights]:
     return config, Weights(config, read, folder)
 
 
+def is_part(path: Path) -> bool:
+    """Whether this file is one of a model in Meta's format, by its name and what lies beside it."""
+    return path.match(FILES) and (path.parent / PARAMS).is_file()
+
+
 def _files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("consolidated.*.pth"))
+    files = sorted(folder.glob(FILES))
     numbers = [path.name.split(".")[1] for path in files]
     wanted = [f"{i:02d}" for i in range(len(files))]
     if not files or numbers != wanted or len(files) > MOST_SHARDS:
@@ -145,12 +150,7 @@ def _config(path: Path, archives: list[Archive]) -> tuple[Config, bool]:
         values["max_seq_len"] = CONTEXTS["Llama 3"]
     else:
         values["max_seq_len"] = CONTEXTS["Llama 1" if values["norm_eps"] < 1e-5 else "Llama 2"]
-    tied = head is not None and (head.storage, head.begin, head.shape) == (
-        table.storage,
-        table.begin,
-        table.shape,
-    )
-    values["tie_embeddings"] = tied or head is None
+    values["tie_embeddings"] = tied = head == table
     return config_from(values, {}, refuse), tied
 
 

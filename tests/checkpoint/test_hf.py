@@ -408,10 +408,10 @@ def test_a_hostile_header_is_refused_at_once_and_in_little_memory(tmp_path, cont
     config = config_json(Config(vocab_size=9, dim=8, n_layers=1, n_heads=2))
     put(tmp_path, {"config.json": json.dumps(config).encode(), "model.safetensors": content})
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(InputError) as caught:
         read_model(tmp_path)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     assert tracemalloc.get_traced_memory()[1] < 2 * len(content) + 2**26
     tracemalloc.stop()
     assert caught.value.code in ("E203", "E205")

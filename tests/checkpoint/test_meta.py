@@ -213,6 +213,9 @@ def test_tensors_are_compared_with_the_sizes(tmp_path: Path) -> None:
     found = refusal(tmp_path, "E203")
     for part in ("w2.weight is missing", "wq.bias is not part", "output.weight has shape (3, 3)"):
         assert part in found
+    del tensors["output.weight"]  # a table that is the head too stands there under both names
+    torch.save(tensors, path)
+    assert "output.weight is missing" in refusal(tmp_path, "E203")
 
 
 def test_what_the_format_has_no_place_for_is_refused_with_the_reason() -> None:

@@ -145,3 +145,27 @@ def test_a_pipe_in_place_of_an_index_is_not_waited_for(tmp_path: Path, models: d
     with pytest.raises(InputError) as caught:
         open_llama(tmp_path)
     assert caught.value.code == "E205"
+
+
+def test_another_file_beside_the_model_is_opened_and_not_the_model(
+    tmp_path: Path, llama: Llama, tokenizer: Tokenizer
+) -> None:
+    for name, content in model_files(llama.config, llama.state_dict(), tokenizer).items():
+        (tmp_path / name).write_bytes(content)
+    zeros = {name: torch.zeros_like(weight) for name, weight in llama.state_dict().items()}
+    other = model_files(llama.config, zeros, tokenizer)["model.safetensors"]
+    (tmp_path / "earlier.safetensors").write_bytes(other)
+    assert not open_llama(tmp_path / "earlier.safetensors").weights["norm.weight"].any()
+    assert open_llama(tmp_path / "model.safetensors").weights["norm.weight"].all()
+    assert open_llama(tmp_path).weights["norm.weight"].all()
+
+
+def test_archives_of_torch_that_are_none_of_metas_are_refused_with_a_way_out(
+    tmp_path: Path, models: dict[str, Path], llama: Llama
+) -> None:
+    (tmp_path / "config.json").write_bytes((models["Hugging Face"] / "config.json").read_bytes())
+    torch.save(llama.state_dict(), tmp_path / "pytorch_model.bin")
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with pytest.raises(InputError, match="save_pretrained") as caught:
+            open_llama(path)
+        assert caught.value.code == "E201"

@@ -41,10 +41,10 @@ def with_pickle(path: Path, program: bytes) -> Path:
 
 
 def refusal(path: Path) -> str:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(InputError) as caught:
         Archive(path)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     assert caught.value.code == "E212"
     return caught.value.found
 
@@ -75,6 +75,15 @@ def test_tensors_of_one_storage_are_known_as_one(tmp_path: Path) -> None:
     weight = torch.randn(4, 4)
     tensors = Archive(saved(tmp_path / "a.pth", {"a": weight, "b": weight, "c": weight.clone()})).tensors
     assert tensors["a"] == tensors["b"] != tensors["c"]
+
+
+def test_a_tensor_of_three_names_and_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    weight = torch.randn(4, 4)
+    assert "3 names" in refusal(saved(tmp_path / "a.pth", {"a": weight, "b": weight, "c": weight}))
+    overlapping = {"first": weight[:3], "second": weight[1:]}
+    assert "another tensor still is" in refusal(saved(tmp_path / "b.pth", overlapping))
+    side_by_side = {"first": weight[:2], "second": weight[2:]}
+    assert Archive(saved(tmp_path / "c.pth", side_by_side)).tensors.keys() == side_by_side.keys()
 
 
 # ---- what could run
