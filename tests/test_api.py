@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from weights import randomised
 
 import babyllama
 from babyllama import api, machine
@@ -37,10 +38,7 @@ def tokenizer() -> Tokenizer:
 
 
 def weights(config: Config, seed: int) -> dict[str, torch.Tensor]:
-    model, generator = Llama(config, seed=0), torch.Generator().manual_seed(seed)
-    for weight in model.parameters():
-        weight.data.normal_(0, 0.2, generator=generator)
-    return model.state_dict()
+    return randomised(Llama(config, seed=0), 0.2, seed=seed).state_dict()
 
 
 def config(tokenizer: Tokenizer) -> Config:

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
+from weights import randomised
 
 from babyllama import load
 from babyllama.checkpoint.hf import model_files
@@ -35,12 +35,8 @@ with_the_harness = pytest.mark.skipif(
 def folder(tmp_path_factory) -> Path:
     """A saved model, with weights so large that it has opinions."""
     tokenizer = Tokenizer.train([TEXT * 4], 290)
-    model, generator = (
-        Llama(Config(vocab_size=290, dim=32, n_layers=2, n_heads=2, max_seq_len=CONTEXT)),
-        torch.Generator().manual_seed(1),
-    )
-    for weight in model.parameters():
-        weight.data.normal_(0, 0.3, generator=generator)
+    config = Config(vocab_size=290, dim=32, n_layers=2, n_heads=2, max_seq_len=CONTEXT)
+    model = randomised(Llama(config), 0.3, seed=1)
     path = tmp_path_factory.mktemp("model")
     for name, data in model_files(model.config, model.state_dict(), tokenizer).items():
         (path / name).write_bytes(data)

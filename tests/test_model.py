@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from weights import randomised
 
 from babyllama.errors import UsageError
 from babyllama.model import (
@@ -38,14 +39,7 @@ def small(**changes: Any) -> Config:
 
 def random_llama(seed: int = 0, **changes: Any) -> Llama:
     """A small model whose every weight matters: Normal(0, 0.15), gains about 1."""
-    model = Llama(small(**changes), seed=None)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_(0.0, 0.15, generator=generator)
-            if name.endswith("norm.weight"):
-                weight.add_(1.0)
-    return model
+    return randomised(Llama(small(**changes), seed=None), seed=seed, gain=1.0)
 
 
 def random_tokens(rows: int = 2, length: int = 12, seed: int = 0, vocab_size: int = 61) -> Tensor:

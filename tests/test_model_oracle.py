@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from weights import randomised
 
 from babyllama.model import Config, Llama, RMSNorm, RopeScaling, rope_frequencies, rope_tables
 
@@ -88,19 +89,10 @@ def hf_config(config: Config, **changes: Any) -> LlamaConfig:
     )
 
 
-def large_random_weights(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_(0.0, 0.15, generator=generator)
-            if name.endswith("norm.weight"):
-                weight.add_(1.0)
-
-
 def pair(config: Config, seed: int, attention: str = "eager") -> tuple[Llama, LlamaForCausalLM]:
     """Our model and theirs, with the same weights."""
     ours = Llama(config, seed=None)
-    large_random_weights(ours, seed)
+    randomised(ours, seed=seed, gain=1.0)
     theirs = LlamaForCausalLM(hf_config(config, attn_implementation=attention))
     parameters = dict(theirs.named_parameters())
     assert len(parameters) == len(list(ours.parameters()))
@@ -212,7 +204,7 @@ def test_logits_beyond_the_original_context_equal_transformers(factor: float) ->
 def test_rmsnorm_equals_transformers_bit_for_bit(size: float, eps: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     ours, theirs = RMSNorm(256, eps), LlamaRMSNorm(256, eps)
-    large_random_weights(nn.ModuleDict({"norm": ours}), 0)
+    randomised(nn.ModuleDict({"norm": ours}), gain=1.0)
     theirs.load_state_dict(ours.state_dict())
     x = (size * torch.randn(4, 33, 256)).to(dtype)
     assert torch.equal(ours.to(dtype)(x), theirs.to(dtype)(x))

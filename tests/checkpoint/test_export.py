@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from weights import randomised
 
 from babyllama.checkpoint.export import FORMATS, export
 from babyllama.checkpoint.gguf import TYPES
@@ -23,11 +24,7 @@ def tokenizer() -> Tokenizer:
 
 def model(tokenizer: Tokenizer, **shape: Any) -> Llama:
     config = Config(**{**dict(vocab_size=tokenizer.vocab_size, dim=96, n_layers=2, max_seq_len=512), **shape})
-    llama = Llama(config, seed=3).eval()
-    generator = torch.Generator().manual_seed(0)
-    for weight in llama.parameters():
-        weight.data.normal_(0, 0.15, generator=generator)
-    return llama
+    return randomised(Llama(config, seed=3).eval())
 
 
 LLAMA3 = {"n_heads": 6, "n_kv_heads": 2, "rope_theta": 5e5}

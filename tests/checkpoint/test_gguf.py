@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from weights import randomised
 
 from babyllama.checkpoint.gguf import GGUF, LLAMA3, ROPE, TYPES, gguf_parts, read_gguf
 from babyllama.errors import InputError, UsageError
@@ -50,11 +51,7 @@ SCALED: dict[str, dict[str, Any]] = {
 
 def model(**shape: Any) -> Llama:
     config = Config(**{**dict(vocab_size=90, dim=96, n_layers=2, max_seq_len=128), **shape})
-    llama = Llama(config, seed=3).eval()
-    generator = torch.Generator().manual_seed(0)
-    for weight in llama.parameters():
-        weight.data.normal_(0, 0.15, generator=generator)
-    return llama
+    return randomised(Llama(config, seed=3).eval())
 
 
 def put(path: Path, llama: Llama, kind: str = "f32", **more: Any) -> Path:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from weights import randomised
 
 from babyllama.checkpoint.hf import (
     INDEX,
@@ -48,11 +49,7 @@ def tokenizer():
 
 def make(tokenizer, **shape):
     config = Config(vocab_size=tokenizer.vocab_size, dim=48, n_layers=2, max_seq_len=64, **shape)
-    model = Llama(config, seed=3)
-    generator = torch.Generator().manual_seed(0)
-    for weight in model.parameters():
-        weight.data.normal_(0, 0.15, generator=generator)
-    return model.eval()
+    return randomised(Llama(config, seed=3)).eval()
 
 
 def put(folder, files):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from weights import randomised
 
 from babyllama.checkpoint.llama2c import VERSIONS, llama2c_parts, read_llama2c
 from babyllama.errors import InputError, UsageError
@@ -222,11 +223,7 @@ def test_a_folder_or_nothing_at_the_path_is_an_input_error(tmp_path: Path) -> No
 
 def model(**shape: Any) -> Llama:
     config = Config(**{**dict(vocab_size=40, dim=48, n_layers=2, n_heads=6, max_seq_len=32), **shape})
-    llama = Llama(config, seed=1).eval()
-    generator = torch.Generator().manual_seed(0)
-    for weight in llama.parameters():
-        weight.data.normal_(0, 0.3, generator=generator)
-    return llama
+    return randomised(Llama(config, seed=1).eval(), 0.3)
 
 
 def put(path: Path, llama: Llama, version: int) -> Path:

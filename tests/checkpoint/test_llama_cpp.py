@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from weights import randomised
 
 from babyllama.checkpoint.export import export
 from babyllama.checkpoint.verify import TEXT, verify
@@ -48,11 +49,7 @@ def tokenizer() -> Tokenizer:
 
 def model(tokenizer: Tokenizer, more: int = 0, **shape: Any) -> Llama:
     sizes = {"vocab_size": tokenizer.vocab_size + more, "dim": 96, "n_layers": 2, "max_seq_len": 512}
-    llama = Llama(Config(**{**sizes, **shape}), seed=3).eval()
-    generator = torch.Generator().manual_seed(0)
-    for weight in llama.parameters():
-        weight.data.normal_(0, 0.15, generator=generator)
-    return llama
+    return randomised(Llama(Config(**{**sizes, **shape}), seed=3).eval())
 
 
 @COMPILED

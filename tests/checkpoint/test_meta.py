@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from weights import randomised
 
 from babyllama.checkpoint.meta import meta_parts, read_meta
 from babyllama.errors import InputError, UsageError
@@ -24,11 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def model(**shape: Any) -> Llama:
     config = Config(**{**dict(vocab_size=90, dim=96, n_layers=2, max_seq_len=128), **shape})
-    llama = Llama(config, seed=3).eval()
-    generator = torch.Generator().manual_seed(0)
-    for weight in llama.parameters():
-        weight.data.normal_(0, 0.15, generator=generator)
-    return llama
+    return randomised(Llama(config, seed=3).eval())
 
 
 def put(folder: Path, llama: Llama, shards: int = 1) -> Path:

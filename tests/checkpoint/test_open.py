@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from weights import randomised
 
 from babyllama.checkpoint.gguf import gguf_parts
 from babyllama.checkpoint.hf import model_files
@@ -29,11 +30,7 @@ def llama(tokenizer: Tokenizer) -> Llama:
     config = Config(
         vocab_size=tokenizer.vocab_size, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=4096
     )
-    model = Llama(config, seed=1).eval()
-    generator = torch.Generator().manual_seed(0)
-    for weight in model.parameters():
-        weight.data.normal_(0, 0.15, generator=generator)
-    return model
+    return randomised(Llama(config, seed=1).eval())
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from weights import randomised
 
 from babyllama.model import Config, Llama
 
@@ -27,12 +28,6 @@ def random_llama() -> Callable[..., Llama]:
     def make(**sizes: Any) -> Llama:
         usual: dict[str, Any] = dict(vocab_size=97, dim=48, n_layers=3, n_heads=6, max_seq_len=192)
         config = Config(**{**usual, **sizes})
-        model = Llama(config, seed=None).eval()
-        generator = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                mean = 1.0 if name.endswith("norm.weight") else 0.0
-                weight.normal_(mean, 0.15, generator=generator)
-        return model
+        return randomised(Llama(config, seed=None).eval(), seed=7, gain=1.0)
 
     return make

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
+from weights import randomised
 
 from babyllama.checkpoint.hf import model_files
 from babyllama.model import Config, Llama
@@ -53,13 +54,6 @@ def random_llama() -> Callable[..., Llama]:
         usual: dict[str, Any] = dict(
             vocab_size=97, dim=48, n_layers=3, n_heads=6, n_kv_heads=2, max_seq_len=64
         )
-        model, generator = (
-            Llama(Config(**{**usual, **sizes}), seed=None).eval(),
-            torch.Generator().manual_seed(7),
-        )
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                weight.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.15, generator=generator)
-        return model
+        return randomised(Llama(Config(**{**usual, **sizes}), seed=None).eval(), seed=7, gain=1.0)
 
     return make

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numba import njit
+from weights import randomised
 
 from babyllama.data.batches import IGNORE
 from babyllama.model import Config, Llama
@@ -34,10 +35,7 @@ SHAPES = {
 
 def model(config: Config, spread: float = 0.15) -> Llama:
     """Weights large enough that no part is nearly linear; gains that are not 1."""
-    made, generator = Llama(config, seed=None), torch.Generator().manual_seed(3)
-    for name, weight in made.named_parameters():
-        weight.data.normal_(float(name.endswith("norm.weight")), spread, generator=generator)
-    return made
+    return randomised(Llama(config, seed=None), spread, seed=3, gain=1.0)
 
 
 def plan(config: Config, context: int = 16, batch_size: int = 3, **settings) -> Plan:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from weights import randomised
 
 from babyllama.errors import InputError
 from babyllama.model import Config, Llama
@@ -60,9 +61,7 @@ def brute_force(model, ids, lengths, context):
 def test_bits_per_byte_are_those_of_one_pass_for_each_token(monkeypatch, context, at_once):
     monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", at_once)
     model = Llama(Config(vocab_size=23, dim=24, n_layers=2, n_heads=2, max_seq_len=64), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for weight in model.parameters():
-        weight.data.normal_(0, 0.5, generator=generator)
+    randomised(model, 0.5, seed=1)
     chance = np.random.default_rng(2)
     ids, lengths = chance.integers(0, 23, 33), chance.integers(0, 5, 23).tolist()
     found = score(model, ids, lengths, context)

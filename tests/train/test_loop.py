@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
+from weights import randomised
 
 from babyllama import api
 from babyllama.checkpoint.run import Run
@@ -358,9 +359,7 @@ def gradients(corpus, tmp_path, batch_size, accumulation, rows):
     )
     training.batches = OneBatch(*rows)
     training.restore(None)
-    generator = torch.Generator().manual_seed(0)
-    for weight in training.model.parameters():
-        weight.data.normal_(0, 0.3, generator=generator)
+    randomised(training.model, 0.3)
     kept = {}
     training.optimizer.step = lambda progress: kept.update(
         {n: w.grad.clone() for n, w in training.model.named_parameters()}

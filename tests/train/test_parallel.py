@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
+from weights import randomised
 
 from babyllama.data.batches import IGNORE
 from babyllama.model import Config, Llama
@@ -36,11 +37,7 @@ def model(tied: bool) -> Llama:
     config = Config(
         vocab_size=61, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=16, tie_embeddings=tied
     )
-    made = Llama(config, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for weight in made.parameters():
-        weight.data.normal_(0, 0.3, generator=generator)
-    return made
+    return randomised(Llama(config, seed=0), 0.3, seed=1)
 
 
 def gradients(made: Llama) -> dict[str, torch.Tensor]:
