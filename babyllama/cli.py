@@ -411,10 +411,8 @@ def export(
     ] = None,
     shards: Annotated[int, typer.Option(help="With meta: files to cut the model into.")] = 1,
     version: Annotated[int, typer.Option(help="Of llama2.c's format: 0, 1 or 2.")] = 0,
-    step: Annotated[int | None, typer.Option(help="Of a run: this saved step instead of the best.")] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="The tokenizer, for a format that does not carry it.")
-    ] = None,
+    step: Step = None,
+    tokenizer: TokenizerFile = None,
     with_tokenizer: Annotated[
         bool,
         typer.Option("--tokenizer-file/--no-tokenizer-file", help="With llama2c: its tokenizer.bin too."),
