@@ -51,7 +51,7 @@ CODES = {
     "E403": "folder or file cannot be written or read",
     "E404": "not enough memory",
     "E405": "something could not be downloaded",
-    "E406": "an optional library is missing",
+    "E406": "an optional library is missing, or does not start",
     "E407": "a downloaded package is not the pinned one",
     "E501": "loss or gradients are not finite",
     "E502": "the model produced logits that are not finite",

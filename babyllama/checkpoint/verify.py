@@ -23,7 +23,7 @@ from torch import Tensor
 
 from babyllama.checkpoint.hf import build
 from babyllama.checkpoint.open import open_llama
-from babyllama.errors import NumericalError
+from babyllama.errors import MachineError, NumericalError
 from babyllama.model import Config
 from babyllama.text.tokenizer import Tokenizer
 
@@ -89,7 +89,8 @@ def verify(
 ) -> Verdict:
     """Compare what `export` wrote with the model that it was given, on a text.
 
-    Raises NumericalError E504 when ids differ, or logits by more than the kind of numbers explains.
+    Raises NumericalError E504 when ids differ, or logits by more than the kind of numbers explains; MachineError E406
+    when a reader is installed and does not start.
     """
     if tokenizer is None:
         ids = [i % config.vocab_size for i in range(1, 200)]
@@ -105,6 +106,9 @@ def verify(
             theirs = read(written, ids, text if tokenizer is not None else None)
         except MemoryError:
             raise
+        except ImportError as error:
+            fix = "install it again, or verify nothing with --no-verify"
+            raise MachineError("E406", reader, f"is installed, and does not start ({error})", fix) from error
         except Exception as error:  # whatever it says of a file that it does not like
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise _failed(written, f"{reader} does not read it ({said})") from error

@@ -8,6 +8,7 @@ import pytest
 import torch
 from weights import randomised
 
+from babyllama.checkpoint import verify as verification
 from babyllama.checkpoint.export import FORMATS, export
 from babyllama.checkpoint.gguf import TYPES
 from babyllama.checkpoint.open import open_llama
@@ -221,6 +222,20 @@ def test_what_a_reader_says_of_a_file_is_a_failed_verification(tmp_path: Path, t
     with pytest.raises(NumericalError, match="transformers does not read it") as caught:
         verify(llama.config, llama.state_dict(), tokenizer, folder, to="hf")
     assert caught.value.code == "E504"
+
+
+def test_a_reader_that_does_not_start_is_no_fault_of_the_file(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any) -> Any:
+        raise ImportError("No module named 'duckling'")
+
+    llama = model(tokenizer, n_heads=6)
+    folder = export(llama.config, llama.state_dict(), tokenizer, tmp_path / "a", to="hf")[0]
+    monkeypatch.setattr(verification, "_transformers", broken)
+    with pytest.raises(MachineError, match="duckling") as caught:
+        verify(llama.config, llama.state_dict(), tokenizer, folder, to="hf")
+    assert caught.value.code == "E406"
 
 
 def test_points_in_a_name_stay(tmp_path: Path, tokenizer: Tokenizer) -> None:
