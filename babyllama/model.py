@@ -295,6 +295,12 @@ class Llama(nn.Module):
         self, tokens: Int[Tensor, "B T"], cache: Cache | None = None, tap: Tap = no_tap, fused: bool = True
     ) -> Float[Tensor, "B T V"]:
         """`fused` takes PyTorch's attention; a tap the written-out one, since only that has scores."""
+        return tap("logits", self.head(self.residual(tokens, cache, tap, fused)))  # (B, T, V)
+
+    def residual(
+        self, tokens: Int[Tensor, "B T"], cache: Cache | None = None, tap: Tap = no_tap, fused: bool = True
+    ) -> Float[Tensor, "B T D"]:
+        """The residual stream behind the last block, normed: all but the head, for those who want few logits."""
         T = tokens.shape[1]
         fused = fused and tap is no_tap
         start = tokens.new_zeros(1) if cache is None else cache.lengths
@@ -308,9 +314,10 @@ class Llama(nn.Module):
         x = tap("embeddings", self.tok_embeddings(tokens))  # (B, T, D): the residual stream
         for i, layer in enumerate(self.layers):
             x = layer(x, call, inside(tap, f"layers.{i}"))
-        x = tap("norm.output", self.norm(tap("norm.input", x)))
-        head = self.tok_embeddings.weight if self.lm_head is None else self.lm_head.weight
-        return tap("logits", F.linear(x, head))  # (B, T, V)
+        return tap("norm.output", self.norm(tap("norm.input", x)))
+
+    def head(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
+        return F.linear(x, self.tok_embeddings.weight if self.lm_head is None else self.lm_head.weight)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -6,7 +6,8 @@
         A lamp gives light, and so does a ─┬─ candle.
                                            └─ fire in the stove.
 
-Only tokens of continuations are scored, and the last token of each is never an input.
+Only tokens of continuations are scored, and the last token of each is never an input. Logits are made only where a
+token is scored, so many at once that a long text needs no more memory for them than a short one.
 """
 
 import math
@@ -23,7 +24,7 @@ from babyllama.generate.cache import KVCache
 from babyllama.model import Llama
 from babyllama.text.tokenizer import Tokenizer
 
-LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB
+LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB; logits of one token at least
 TOKENS_AT_ONCE = 2**9  # inputs of one pass; more are no faster on a CPU, and need more filling up
 FOR_A_GPU = 16  # times as much of both
 
@@ -95,8 +96,7 @@ def likelihoods(model: Llama, pairs: Sequence[Pair], progress: Progress | None =
             wanted[tuple(window.context)][tuple(window.continuation)].append(number)
     trees = [_Tree.of(before, list(after)) for before, after in wanted.items()]
     trees.sort(key=lambda tree: len(tree.trunk), reverse=True)  # too little memory shows at once
-    limit = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // model.config.vocab_size)
-    limit *= 1 if model.tok_embeddings.weight.device.type == "cpu" else FOR_A_GPU
+    limit = TOKENS_AT_ONCE * (1 if model.tok_embeddings.weight.device.type == "cpu" else FOR_A_GPU)
 
     found = [Likelihood(0.0, True)] * len(pairs)
     done, total = 0, sum(len(numbers) for after in wanted.values() for numbers in after.values())
@@ -167,7 +167,7 @@ def _score(model: Llama, trees: Sequence[_Tree], limit: int) -> list[list[Likeli
     forks = [(row, number) for row, number in forks if trees[row].branches[number]]
     forks.sort(key=lambda fork: len(trees[fork[0]].branches[fork[1]]), reverse=True)
     cache = KVCache(model.config, len(trees), max(lengths), weight.device, weight.dtype) if forks else None
-    logits = model(_filled([tree.trunk for tree in trees], weight.device), cache)  # (B, T, V)
+    residual = model.residual(_filled([tree.trunk for tree in trees], weight.device), cache)  # (B, T, D)
 
     found = [[Likelihood(0.0, True)] * len(tree.targets) for tree in trees]
     places = [
@@ -177,25 +177,25 @@ def _score(model: Llama, trees: Sequence[_Tree], limit: int) -> list[list[Likeli
         for position, target in tree.predicted(number)
         if position < len(tree.trunk)
     ]
-    _add(found, places, logits)
+    _add(found, places, model, residual)
 
     def at_once(fork: tuple[int, int]) -> int:
         width = len(trees[fork[0]].branches[fork[1]])
-        return min(limit // width, 4 * limit // (max(lengths) + width))  # logits; slots of the cache
+        return min(limit // width, 4 * limit // (max(lengths) + width))  # inputs; slots of the cache
 
     for batch in _batches(forks, at_once):
         assert cache is not None
         rows = [row for row, _ in batch]
         branches = [trees[row].branches[number] for row, number in batch]
         forked = _forked(model, cache, rows, [lengths[row] for row in rows], max(map(len, branches)))
-        logits = model(_filled(branches, weight.device), forked)  # (B, T, V)
+        residual = model.residual(_filled(branches, weight.device), forked)  # (B, T, D)
         places = [
             _Place(at, position - lengths[row], target, row, number)
             for at, (row, number) in enumerate(batch)
             for position, target in trees[row].predicted(number)
             if position >= lengths[row]
         ]
-        _add(found, places, logits)
+        _add(found, places, model, residual)
     if not all(math.isfinite(each.nats) for tree in found for each in tree):
         what = "a log-likelihood is not finite"
         raise NumericalError("E502", "the model", what, "check the weights that it was loaded from")
@@ -212,17 +212,22 @@ class _Place(NamedTuple):
     number: int
 
 
-def _add(found: list[list[Likelihood]], places: list[_Place], logits: Tensor) -> None:
+def _add(found: list[list[Likelihood]], places: list[_Place], model: Llama, residual: Tensor) -> None:
     """Add what each target costs at its place to the likelihood that it is part of."""
-    if not places:
-        return
-    row, position, target = torch.tensor([place[:3] for place in places], device=logits.device).T
-    chosen = logits[row, position].float()  # (N, V)
-    nats = chosen.log_softmax(-1).gather(1, target[:, None])[:, 0]  # (N,)
-    greedy = chosen.argmax(-1) == target
-    for place, cost, likeliest in zip(places, nats.tolist(), greedy.tolist(), strict=True):
-        before = found[place.tree][place.number]
-        found[place.tree][place.number] = Likelihood(before.nats + cost, before.greedy and likeliest)
+    wanted: dict[tuple[int, int], list[_Place]] = defaultdict(list)
+    for place in places:
+        wanted[place.row, place.position].append(place)
+    at_once = LOGITS_AT_ONCE * (1 if residual.device.type == "cpu" else FOR_A_GPU) // model.config.vocab_size
+    for spots in _batches([*wanted], lambda _: at_once):
+        row, position = torch.tensor(spots, device=residual.device).T
+        logits = model.head(residual[row, position]).float()  # (N, V)
+        here = [(at, place) for at, spot in enumerate(spots) for place in wanted[spot]]
+        at, target = torch.tensor([(at, place.target) for at, place in here], device=residual.device).T
+        greedy = logits.argmax(-1)[at] == target
+        nats = logits.log_softmax(-1)[at, target]
+        for (_, place), cost, likeliest in zip(here, nats.tolist(), greedy.tolist(), strict=True):
+            before = found[place.tree][place.number]
+            found[place.tree][place.number] = Likelihood(before.nats + cost, before.greedy and likeliest)
 
 
 def _filled(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

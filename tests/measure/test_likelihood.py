@@ -56,14 +56,41 @@ def test_batches_and_shared_contexts_change_nothing(random_llama, monkeypatch, a
     same(likelihoods(model, pairs), [plainly(model, pair) for pair in pairs])
 
 
-def test_the_logits_at_once_bound_the_rows_of_a_pass(random_llama, monkeypatch):
-    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", 97 * 50)
-    model, pairs, seen = random_llama(), some_pairs(), []
-    model.register_forward_hook(lambda _, inputs, logits: seen.append(logits.shape))
-    expected = [plainly(model, pair) for pair in pairs]
-    seen.clear()
-    same(likelihoods(model, pairs), expected)
-    assert seen and all(rows * width <= 50 or rows == 1 for rows, width, _ in seen)
+def seen_by_the_head(model, monkeypatch):
+    """The shapes of all logits that are made from now on."""
+    seen, head = [], model.head
+
+    def keep(x):
+        logits = head(x)
+        seen.append(tuple(logits.shape))
+        return logits
+
+    monkeypatch.setattr(model, "head", keep)
+    return seen
+
+
+@pytest.mark.parametrize("at_once", [1, 97, 97 * 5 + 96, 97 * 10**6])
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_more_logits_are_made_at_once_than_may_be(random_llama, monkeypatch, at_once, tied):
+    model, pairs = random_llama(tie_embeddings=tied), some_pairs()
+    long = np.random.default_rng(3).integers(0, 97, 150).tolist()  # two rows and more, all of them scored
+    pairs += [Pair(long[:1], long[1:]), Pair(long[:60], long[60:64]), Pair(long[:60], long[70:74])]
+    expected = [plainly(model, pair) for pair in pairs[:-3]]
+    usual = likelihoods(model, pairs)
+    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", at_once)
+    seen = seen_by_the_head(model, monkeypatch)
+    found = likelihoods(model, pairs)
+    same(found[:-3], expected)
+    same(found, usual)
+    assert max(math.prod(shape) for shape in seen) <= max(at_once, 97), "of one token at least"
+    assert at_once != 97 * 5 + 96 or max(seen) == (5, 97), "as many as may be"
+
+
+def test_logits_are_made_only_where_a_token_is_scored_and_once(random_llama, monkeypatch):
+    model, context = random_llama(), list(range(30))
+    seen = seen_by_the_head(model, monkeypatch)
+    likelihoods(model, [Pair(context, [50, 51, each, each + 1, each + 2]) for each in (60, 70, 80)])
+    assert seen == [(3, 97), (6, 97)]  # 50, 51 and the first that is not shared; then two of each
 
 
 def test_what_rows_are_filled_up_with_does_not_matter(random_llama, monkeypatch):
@@ -83,7 +110,7 @@ def test_what_rows_are_filled_up_with_does_not_matter(random_llama, monkeypatch)
 
 def test_what_choices_share_is_worked_on_once(random_llama):
     model, seen = random_llama(), []
-    model.register_forward_hook(lambda _, inputs, logits: seen.append(inputs[0].shape))
+    model.tok_embeddings.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape))
     context = list(range(30))
     likelihoods(model, [Pair(context, [50, 51, each, each + 1, each + 2]) for each in (60, 70, 80)])
     assert [tuple(shape) for shape in seen] == [(1, 32), (3, 2)]  # 30 and [50, 51]; then each and each + 1
