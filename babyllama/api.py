@@ -7,6 +7,7 @@ llama = babyllama.load("runs/tales")
 print(llama.generate("Once upon a time", max_tokens=200, temperature=0.8, top_p=0.95, seed=1))
 """
 
+import contextlib
 import difflib
 import math
 import os
@@ -36,7 +37,7 @@ from babyllama.data import library
 from babyllama.data.corpus import Corpus, prepare, whole_text
 from babyllama.data.documents import Reading
 from babyllama.data.questions import SETS, questions
-from babyllama.errors import InputError, NumericalError, UsageError
+from babyllama.errors import InputError, MachineError, NumericalError, UsageError
 from babyllama.generate.engine import Generation, Token, generate
 from babyllama.generate.sample import Sampling
 from babyllama.measure.choices import Marks, ask
@@ -215,7 +216,7 @@ def check_device(device: str) -> None:
         return
     check = machine.self_check(device)
     if not check.passed:
-        raise NumericalError("E503", device, str(check), "train on the CPU:  --device cpu")
+        raise NumericalError("E503", device, str(check), "compute on the CPU:  --device cpu")
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -520,6 +521,7 @@ def evaluate(
     on: Sequence[str | Path] = (),
     *,
     limit: int | None = None,
+    device: str | None = None,
     step: int | None = None,
     tokenizer: str | Path | None = None,
     field: str = "text",
@@ -533,14 +535,18 @@ def evaluate(
     on        texts (a file, a folder, a named text, or prepared data, of which what is held out) and names of
               data.questions.SETS. None: the text that a run holds out, all of it, as the run itself does at its end.
     limit     only the first so many documents or questions of each.
+    device    "cpu", "cuda" or "mps", on which the model lies while it is measured. None: the best there is; for what
+              `load` returned, where it lies.
     progress  is told (what it is on, done, in all).
 
-    Raises UsageError E102, E103; what `load` and data.corpus.prepare raise; InputError E308 (neither a text nor a
-    set), E309 (data prepared with another tokenizer); MachineError E405, E407 (the package of questions);
-    NumericalError E502.
+    Raises UsageError E101 (no such device), E102, E103; what `load` and data.corpus.prepare raise; InputError E308
+    (neither a text nor a set), E309 (data prepared with another tokenizer); MachineError E404 (memory of the device),
+    E405, E407 (the package of questions); NumericalError E502, E503 (a device that computes wrong numbers).
     """
     if limit is not None and limit < 1:
         raise UsageError("E102", "--limit", f"{limit}, expected 1 or more", "leave it out to measure on all")
+    if device is not None:
+        machine.require_device(device)
     reading = Reading(field=field, encoding=encoding, on_bad_text=on_bad_text)
     for each in on:
         _check_known(each)
@@ -551,23 +557,46 @@ def evaluate(
             raise UsageError("E103", "--on", found, "name a text or a set:  --on hellaswag")
         held_out = _corpus_of(Run(Path(model)))
     llama = model if isinstance(model, LoadedLlama) else load(model, step=step, tokenizer=tokenizer)
-    if held_out is not None:
-        return [_evaluate_corpus(llama, held_out, f"text held out of {model}", limit, progress)]
-    done = []
-    for each in on:
-        if isinstance(each, str) and each in SETS:
-            asked = questions(each, limit)
-            marks = ask(llama.model, llama.tokenizer, asked, _named(progress, each))
-            done.append(Evaluation(each, len(asked), SETS[each].questions, marks))
-        elif Corpus.stands_in(Path(each)):
-            done.append(
-                _evaluate_corpus(llama, Corpus.open(each), f"text held out of {each}", limit, progress)
-            )
-        else:
-            ids, documents = whole_text(each, llama.tokenizer, reading, limit)
-            scored = _bits_per_byte(llama, ids, _named(progress, str(each)))
-            done.append(Evaluation(str(each), documents, documents, scored))
-    return done
+    if not isinstance(model, LoadedLlama):
+        device = device or machine.best_device()
+    with _lying_on(device, llama.model):
+        if held_out is not None:
+            return [_evaluate_corpus(llama, held_out, f"text held out of {model}", limit, progress)]
+        return [_evaluate_on(llama, each, limit, reading, progress) for each in on]
+
+
+@contextlib.contextmanager
+def _lying_on(device: str | None, model: Llama) -> Iterator[None]:
+    """The model on that device, and afterwards where it was; None: it stays there."""
+    before = model.tok_embeddings.weight.device
+    if device is not None:
+        check_device(device)
+    try:
+        model.to(device or before)
+        yield
+    except torch.OutOfMemoryError as error:
+        fix = "measure on the CPU:  --device cpu"
+        raise MachineError("E404", str(device or before), str(error)[:200], fix) from error
+    finally:
+        model.to(before)
+
+
+def _evaluate_on(
+    llama: LoadedLlama,
+    on: str | Path,
+    limit: int | None,
+    reading: Reading,
+    progress: Callable[[str, int, int], None] | None,
+) -> Evaluation:
+    if isinstance(on, str) and on in SETS:
+        asked = questions(on, limit)
+        marks = ask(llama.model, llama.tokenizer, asked, _named(progress, on))
+        return Evaluation(on, len(asked), SETS[on].questions, marks)
+    if Corpus.stands_in(Path(on)):
+        return _evaluate_corpus(llama, Corpus.open(on), f"text held out of {on}", limit, progress)
+    ids, documents = whole_text(on, llama.tokenizer, reading, limit)
+    scored = _bits_per_byte(llama, ids, _named(progress, str(on)))
+    return Evaluation(str(on), documents, documents, scored)
 
 
 def _check_known(on: str | Path) -> None:
@@ -603,6 +632,7 @@ def _evaluate_corpus(
 
 def _bits_per_byte(llama: LoadedLlama, ids: np.ndarray, progress: Callable[[int, int], None]) -> Score:
     context, lengths, bos = llama.config.max_seq_len, llama.tokenizer.byte_lengths, llama.tokenizer.bos_id
+    device = str(llama.model.tok_embeddings.weight.device)
     done, total = 0, math.ceil((len(ids) - 1) / max(1, context // 2))
 
     def logits(tokens: Tensor) -> Tensor:
@@ -611,7 +641,7 @@ def _bits_per_byte(llama: LoadedLlama, ids: np.ndarray, progress: Callable[[int,
         done += len(tokens)
         return llama.model(tokens)
 
-    found = score(logits, ids, lengths(), context, after_bos=(bos, lengths(bos)))
+    found = score(logits, ids, lengths(), context, device=device, after_bos=(bos, lengths(bos)))
     progress(total, total)
     if not math.isfinite(found.bits_per_byte):
         what = f"bits per byte are {found.bits_per_byte}"

@@ -82,6 +82,7 @@ MinP = Annotated[
     typer.Option(help="Leave out the less likely than this, of the likeliest. Default: 0."),
 ]
 Penalty = Annotated[float | None, typer.Option(help="Above 1: what was said gets less likely. Default: 1.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. Default: the best there is.")]
 Step = Annotated[int | None, typer.Option(help="Of a run: this saved step instead of the best.")]
 TokenizerFile = Annotated[
     Path | None, typer.Option(help="The tokenizer, for a format that does not carry it.")
@@ -170,7 +171,7 @@ def train(
     seed: Annotated[
         int | None, typer.Option(help="Of weights and order: the same, the same. Default: 1.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps. Default: the best there is.")] = None,
+    device: Device = None,
     encoding: Encoding = None,
     on_bad_text: BadText = None,
     field: Field = None,
@@ -551,6 +552,7 @@ def eval(
     limit: Annotated[
         int | None, typer.Option(help="Only the first so many questions of a set, or documents of a text.")
     ] = None,
+    device: Device = None,
     step: Annotated[int | None, typer.Option(help="Of a run: this saved step instead of the best.")] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="The tokenizer, for a format that does not carry it.")
@@ -575,7 +577,14 @@ def eval(
     reading = _given(field=field, encoding=encoding, on_bad_text=on_bad_text)
     with measuring() as progress:
         found = api.evaluate(
-            model, on or (), limit=limit, step=step, tokenizer=tokenizer, progress=progress, **reading
+            model,
+            on or (),
+            limit=limit,
+            device=device,
+            step=step,
+            tokenizer=tokenizer,
+            progress=progress,
+            **reading,
         )
     if as_json:
         say(json.dumps({"model": str(model), "results": [asdict(each) for each in found]}, indent=1))

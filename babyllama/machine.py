@@ -96,6 +96,13 @@ def has_device(device: str) -> bool:
     return ("cuda:0" if device == "cuda" else device) in devices()
 
 
+def require_device(device: str) -> None:
+    """Raises UsageError E101 for a --device that this machine does not have."""
+    if not has_device(device):
+        found = f"{device!r} is not a device that torch finds here"
+        raise UsageError("E101", "--device", found, "see what there is:  babyllama doctor")
+
+
 def logical_cores(root: Path = Path("/")) -> int:
     """Hardware threads that this process may run on at once, at least 1."""
     return max(1, math.ceil(min(len(_allowed_cpus()), _cgroup_cpus(root))))

@@ -545,7 +545,7 @@ def asked(monkeypatch):
 
 def test_a_run_is_measured_on_what_it_holds_out_with_the_figure_it_told_itself(trained):
     run, events = trained
-    (found,) = api.evaluate(run.path, step=run.steps()[-1])
+    (found,) = api.evaluate(run.path, step=run.steps()[-1], device="cpu")
     last = events[-1].score
     assert found.result.bits_per_byte == pytest.approx(last.bits_per_byte, rel=1e-5)
     assert found.result.error == pytest.approx(last.error, rel=1e-4)
@@ -557,21 +557,22 @@ def test_a_run_is_measured_on_what_it_holds_out_with_the_figure_it_told_itself(t
 
 def test_prepared_data_are_measured_on_what_they_hold_out(trained):
     run, _ = trained
-    (whole,) = api.evaluate(run.path)
-    (same,) = api.evaluate(run.path, [run.path / "data"])
+    (whole,) = api.evaluate(run.path, device="cpu")
+    (same,) = api.evaluate(run.path, [run.path / "data"], device="cpu")
     assert same.result == whole.result and same.items == whole.items
 
 
 def test_a_limit_takes_the_first_documents_of_what_is_held_out(trained):
     run, _ = trained
     corpus, llama = api.Corpus.open(run.path / "data"), load(run.path)
-    (found,) = api.evaluate(run.path, limit=1)
+    (found,) = api.evaluate(run.path, limit=1, device="cpu")
     ends = np.flatnonzero(corpus.val_ids == corpus.tokenizer.eos_id)
     ids = corpus.val_ids[: ends[0] + 1]
     lengths = llama.tokenizer.byte_lengths()
     assert found.result == score(llama.model, np.asarray(ids), lengths, llama.config.max_seq_len)
     assert (found.items, found.items_in_all) == (1, corpus.val_documents) and len(ends) > 1
-    assert api.evaluate(run.path, limit=10**6) == api.evaluate(run.path)
+    everything = api.evaluate(run.path, device="cpu")
+    assert api.evaluate(run.path, limit=10**6, device="cpu") == everything
 
 
 def test_a_text_is_measured_as_documents_between_bos_and_eos(llama, tmp_path):
@@ -598,7 +599,7 @@ def test_a_text_of_another_form_is_read_as_it_is_said_to_be(llama, tmp_path):
 
 def test_sets_and_texts_are_measured_in_the_order_in_which_they_are_named(run, asked, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
-    found = api.evaluate(run.path, [asked, tmp_path / "a.txt", asked], step=30)
+    found = api.evaluate(run.path, [asked, tmp_path / "a.txt", asked], step=30, device="cpu")
     assert [each.on for each in found] == ["piqa", str(tmp_path / "a.txt"), "piqa"]
     llama = load(run.path, step=30)
     assert found[0].result == found[2].result == ask(llama.model, llama.tokenizer, QUESTIONS)
@@ -610,6 +611,42 @@ def test_sets_and_texts_are_measured_in_the_order_in_which_they_are_named(run, a
 def test_a_limit_below_one_is_refused_whatever_it_limits(llama, tmp_path, limit):
     refused("E102", api.evaluate, llama, ["hellaswag"], limit=limit)
     refused("E102", api.evaluate, llama, [tmp_path], limit=limit)
+
+
+def test_a_model_is_measured_on_the_device_that_is_named_or_the_best(run, asked, tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(api, "check_device", checked.append)
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    monkeypatch.setattr(machine, "best_device", lambda: "abacus")
+    found = api.evaluate(run.path, [asked, tmp_path / "a.txt"], device="cpu")
+    monkeypatch.setattr(machine, "best_device", lambda: "cpu")
+    assert api.evaluate(run.path, [asked, tmp_path / "a.txt"]) == found and checked == ["cpu", "cpu"]
+    llama = load(run.path)
+    monkeypatch.setattr(machine, "best_device", lambda: "abacus")
+    assert api.evaluate(llama, [asked, tmp_path / "a.txt"]) == found and len(checked) == 2, "where it lies"
+    refused("E101", api.evaluate, tmp_path / "nothing", [asked], device="abacus")
+
+
+def test_memory_that_a_device_does_not_have_is_e404(llama, asked, monkeypatch):
+    def ask_too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(api, "ask", ask_too_much)
+    error = refused("E404", api.evaluate, llama, [asked])
+    assert "20.00 GiB" in error.found and error.fix.endswith("--device cpu")
+
+
+@pytest.mark.cuda
+def test_a_gpu_measures_what_the_cpu_measures_and_the_model_comes_back(llama, asked, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT * 3, encoding="utf-8")
+    before = {name: weight.clone() for name, weight in llama.model.state_dict().items()}
+    marks, text = (each.result for each in api.evaluate(llama, [asked, tmp_path / "a.txt"], device="cpu"))
+    their_marks, their_text = (
+        each.result for each in api.evaluate(llama, [asked, tmp_path / "a.txt"], device="cuda")
+    )
+    assert their_marks == marks and (their_text.tokens, their_text.bytes) == (text.tokens, text.bytes)
+    assert their_text.bits_per_byte == pytest.approx(text.bits_per_byte, rel=1e-5)
+    assert same(llama, before) and next(llama.model.parameters()).device.type == "cpu"
 
 
 def test_what_there_is_nothing_to_measure_on_is_refused_before_anything_is_opened(

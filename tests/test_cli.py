@@ -309,7 +309,7 @@ def test_eval_shows_figures_with_their_errors_beside_guessing(run, book, said, m
 
 def test_eval_of_a_run_tells_the_figure_of_its_training(book, tmp_path, said):
     trained = said("train", book, "--out", tmp_path / "run", "--steps", 4, *FAST)
-    shown = said("eval", tmp_path / "run", "--step", 4)
+    shown = said("eval", tmp_path / "run", "--step", 4, "--device", "cpu")
     told = re.search(r"Done after 4 steps: (\S+) bits per byte ± (\S+)", trained)
     found = re.search(r"bits per byte +(\S+) +± (\S+) +guessing 8", shown)
     assert told is not None and found is not None and told.groups() == found.groups()
@@ -330,6 +330,7 @@ def test_eval_prints_json_and_nothing_else(run, book, said, monkeypatch):
 def test_eval_says_what_is_wrong(run, said, capsys):
     for arguments, status, code in (
         (["--limit", 0], 2, "E102"),
+        (["--device", "abacus"], 2, "E101"),
         (["--on", "helaswag"], 3, "E308"),
         (["--step", 99], 3, "E207"),
     ):

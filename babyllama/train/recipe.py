@@ -370,9 +370,8 @@ def check(
             raise UsageError("E102", name, f"is {value}, expected a number above 0", f"choose another {name}")
     if size is not None:
         parse_size(size)
-    if device is not None and not machine.has_device(device):
-        found = f"{device!r} is not a device that torch finds here"
-        raise UsageError("E101", "--device", found, "see what there is:  babyllama doctor")
+    if device is not None:
+        machine.require_device(device)
     return _typed(settings)
 
 
