@@ -93,6 +93,16 @@ def test_logits_are_made_only_where_a_token_is_scored_and_once(random_llama, mon
     assert seen == [(3, 97), (6, 97)]  # 50, 51 and the first that is not shared; then two of each
 
 
+def test_a_large_vocabulary_costs_no_accuracy(random_llama, monkeypatch):
+    """One likely token and 49,999 unlikely ones: added one after another in float32, they would be off by 1e-4."""
+    model = random_llama(vocab_size=50_000)
+    logits = torch.full((1, 50_000), -12.2)
+    logits[0, 0] = 0.0
+    monkeypatch.setattr(model, "head", lambda x: logits.expand(len(x), -1))
+    expected = float(logits.double().log_softmax(-1)[0, 7])
+    assert likelihoods(model, [Pair([1], [7])])[0].nats == pytest.approx(expected, abs=5e-6)
+
+
 def test_what_rows_are_filled_up_with_does_not_matter(random_llama, monkeypatch):
     model, pairs = random_llama(), some_pairs()
     expected = likelihoods(model, pairs)
