@@ -61,6 +61,18 @@ CODES = {
 }
 
 
+LONGEST_FOUND = 3000  # letters; what stands in a file may be longer
+
+
+def _printable(found: str) -> str:
+    """Without what could write on a terminal, or fill it: control characters escaped, no more than both ends."""
+    if len(found) > LONGEST_FOUND:
+        found = f"{found[: LONGEST_FOUND // 2]} ... {found[-LONGEST_FOUND // 2 :]}"
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in found
+    )
+
+
 class BabyLlamaError(Exception):
     """`where` names the file, folder or flag; `found` what was found and expected; `fix` one remedy."""
 
@@ -70,7 +82,7 @@ class BabyLlamaError(Exception):
     def __init__(self, code: str, where: object, found: str, fix: str) -> None:
         assert code in CODES and code.startswith(self.prefixes), code
         super().__init__(code, where, found, fix)
-        self.code, self.where, self.found, self.fix = code, str(where), found, fix
+        self.code, self.where, self.found, self.fix = code, str(where), _printable(found), fix
 
     def __str__(self) -> str:
         return f"error[{self.code}]: {self.where}: {self.found}\n  Fix: {self.fix}"

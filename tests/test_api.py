@@ -502,6 +502,12 @@ def test_the_package_offers_its_names_and_no_others():
     assert issubclass(InputError, babyllama.BabyLlamaError)
 
 
+def test_what_stands_in_a_file_cannot_fill_a_terminal_or_write_on_it():
+    found = InputError("E203", "a.gguf", "holds \x1b[2J\ud800 ▁ and\n" + "x" * 10**6 + " of it", "none").found
+    assert found.startswith(r"holds \x1b[2J\ud800 ▁ and" + "\n") and found.endswith("x of it")
+    assert len(found) < 3100
+
+
 def test_bits_per_byte_count_the_bytes_of_the_text_and_no_dummy_space(tmp_path):
     pieces = [(f"<0x{byte:02X}>", 0.0) for byte in range(256)] + [(" ", -3.0), ("a", -2.0), (" a", -1.0)]
     content = struct.pack("<i", 6)

@@ -196,7 +196,7 @@ def _check_steps(part: str, step: object, kinds: set[str], where: object) -> Non
         step = todo.pop()
         done += 1
         kind = step.get("type") if isinstance(step, dict) else None
-        if not isinstance(step, dict) or kind not in kinds or done > MOST_STEPS:
+        if not isinstance(step, dict) or not isinstance(kind, str) or kind not in kinds or done > MOST_STEPS:
             broken(where, f"its {part} has a step {str(kind)[:80]} that is not known, or too many steps")
         byte_levels += kind == "ByteLevel"
         if byte_levels > 1:
@@ -206,7 +206,7 @@ def _check_steps(part: str, step: object, kinds: set[str], where: object) -> Non
             todo += inside
         pattern = step.get("pattern")
         regex = pattern.get("Regex") if isinstance(pattern, dict) else None
-        if regex is not None and regex not in KNOWN_PATTERNS:
+        if regex is not None and (not isinstance(regex, str) or regex not in KNOWN_PATTERNS):
             broken(
                 where,
                 f"its {part} holds the pattern {str(regex)[:200]!r}, which is not known: with some texts a "

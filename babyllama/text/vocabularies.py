@@ -500,7 +500,7 @@ def from_gguf(metadata: Mapping[str, Any], where: object) -> dict[str, bytes]:
     """
     key = "tokenizer.ggml."
     model = metadata.get(key + "model")
-    if model not in ("llama", "gpt2"):
+    if not isinstance(model, str) or model not in ("llama", "gpt2"):
         broken(where, f"{key}model is {model!r}, expected 'llama' (SentencePiece) or 'gpt2' (byte-level BPE)")
     tokens = _list(metadata, key + "tokens", _str, None, LARGEST_VOCAB, where)
     types = _list(metadata, key + "token_type", operator.index, len(tokens), LARGEST_VOCAB, where)
@@ -556,7 +556,7 @@ def from_gguf(metadata: Mapping[str, Any], where: object) -> dict[str, bytes]:
         )
 
     pre = metadata.get(key + "pre")
-    if pre not in GGUF_WORDS:
+    if not isinstance(pre, str) or pre not in GGUF_WORDS:
         known = ", ".join(GGUF_WORDS)
         broken(where, f"{key}pre is {pre!r}: how it cuts text into words is not known, only that of {known}")
     words, whole = GGUF_WORDS[pre]
@@ -608,7 +608,7 @@ def _str(value: Any) -> str:
 
 def _flag(metadata: Mapping[str, Any], key: str, default: bool | None, where: object) -> bool | None:
     value = metadata.get(key, default)
-    if value is not None and value not in (True, False):
+    if value is not None and (not isinstance(value, int) or value not in (0, 1)):
         broken(where, f"{key} is {value!r}, expected true or false")
     return None if value is None else bool(value)
 

@@ -457,7 +457,7 @@ def test_a_folder_may_hold_any_kind_of_file_and_json_comes_first(
     assert Tokenizer.load(tmp_path / "any.name").sha256 == ranks.sha256
 
 
-def _split(pattern: str) -> dict[str, object]:
+def _split(pattern: object) -> dict[str, object]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
@@ -479,6 +479,10 @@ def _replaced(literal: str, content: str) -> dict[str, object]:
         ({"normalizer": {"type": "Sequence", "normalizers": 5}}, "is not a tokenizer"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "step Whitespace"),
         ({"pre_tokenizer": 5}, "step None"),
+        ({"pre_tokenizer": {"type": ["Split"]}}, "step \\['Split'\\]"),
+        ({"normalizer": {"type": {"Strip": 1}}}, "step {'Strip': 1}"),
+        ({"normalizer": {"type": "\x1b[2J"}}, r"step \\x1b\[2J that"),
+        ({"pre_tokenizer": _split(["a"])}, "which is not known"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 2}}, "twice"),
         ({"added_tokens": {}}, "is not a list"),
         ({"added_tokens": [{"id": 0}]}, "lacks an id"),

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from ggufs import read_metadata, write_metadata
 from hypothesis import assume, given, settings
@@ -47,6 +48,7 @@ TEXTS = [
     *random_strings(300, seed=0),
 ]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+SEVERAL = numpy.array([1, 0])  # where one value belongs
 
 
 def code_of(call: Callable[[], object]) -> InputError:
@@ -512,7 +514,6 @@ def test_a_small_gguf_is_read(tmp_path: Path) -> None:
 
 
 def test_numbers_of_a_gguf_may_be_arrays_of_numpy() -> None:
-    numpy = pytest.importorskip("numpy")
     for metadata in (gpt2_metadata(), spm_metadata()):
         arrays = {
             key: numpy.asarray(value) if isinstance(value, list) and not isinstance(value[0], str) else value
@@ -623,6 +624,9 @@ def test_smollm2_gives_the_ids_of_llama_cpp_where_it_has_all_bytes(smollm2_file:
         (gpt2_metadata(bos_token_id=-1), "is -1"),
         (gpt2_metadata(bos_token_id="1"), "is '1'"),
         (gpt2_metadata(add_bos_token="yes"), "expected true or false"),
+        (gpt2_metadata(add_bos_token=SEVERAL), "expected true or false"),
+        (gpt2_metadata(model=SEVERAL), "expected 'llama'"),
+        (gpt2_metadata(pre=SEVERAL), "only that of llama-bpe"),
         (gpt2_metadata() | {"tokenizer.chat_template": 5}, "chat_template"),
         (spm_metadata(scores=None), "no list"),
         (spm_metadata(scores=[0.0] * 10), "has 10 scores"),
