@@ -90,7 +90,7 @@ def compare(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: ob
     unexpected, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
     problems = [f"{name} is missing" for name in missing[:SHOWN]]
     for name in unexpected[:SHOWN]:
-        near = get_close_matches(name, missing, 1) if len(missing) < 100 else []
+        near = get_close_matches(plain(name), missing, 1) if len(missing) < 100 else []
         problems.append(f"{plain(name)} is not part of a Llama" + (f" (nearest: {near[0]})" if near else ""))
     misshapen = [name for name in sorted(found.keys() & expected.keys()) if found[name] != expected[name]]
     problems += [

@@ -34,7 +34,10 @@ MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT = 32  # bytes, where general.alignment does not say otherwise
 MOST_KEYS, MOST_TENSORS = 10_000, 20_000
 LONGEST_TEXT, LONGEST_NAME = 2**20, 256  # bytes
-MOST_TEXTS = 2**20  # of an array; Llama 3 has 280,147 merges
+MOST_TEXTS = 2**20  # in all arrays; Llama 3 has 280,147 merges and 128,256 tokens
+MOST_LETTERS = (
+    2**24
+)  # bytes of all texts; a small text takes six times its bytes in memory, one of emoji four
 MOST_AXES = 4
 LARGEST_TENSOR = 2**48  # numbers
 
@@ -86,6 +89,7 @@ class _Reader:
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size, self.at = path, file, size, 0
+        self.texts = self.letters = 0  # so far
         if self._take(min(4, self.size), "its first bytes") != MAGIC:
             self.refuse("does not begin with 'GGUF'")
         version = self._number(U32, "its version")
@@ -159,8 +163,9 @@ class _Reader:
             self.refuse(f"has {plain(key)} of type {kind}, which is none")
         inner, length = self._number(U32, key), self._number(U64, key)
         if inner == STRING:
-            if length > MOST_TEXTS:
-                self.refuse(f"has {length:,} texts in {plain(key)}, at most {MOST_TEXTS:,} are read")
+            self.texts += length
+            if self.texts > MOST_TEXTS:
+                self.refuse(f"has {self.texts:,} texts up to {plain(key)}, at most {MOST_TEXTS:,} are read")
             self._has(U64.size * length, key)
             return [self._text(key, LONGEST_TEXT) for _ in range(length)]
         if inner not in SCALARS:
@@ -181,6 +186,9 @@ class _Reader:
         length = self._number(U64, what)
         if length > longest:
             self.refuse(f"has {length:,} bytes of text in {plain(what)}, at most {longest:,} are read")
+        self.letters += length
+        if self.letters > MOST_LETTERS:
+            self.refuse(f"has more than {MOST_LETTERS:,} bytes of texts up to {plain(what)}")
         try:
             return self._take(length, what).decode()
         except UnicodeDecodeError:

@@ -23,7 +23,7 @@ from babyllama.text.tokenizer import Tokenizer
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights in several files: which tensor is in which
 DTYPES = ("F32", "F16", "BF16", "F64")  # that weights may be stored in
-LONGEST_HEADER = 4 * 2**20  # bytes of JSON; a Llama of 126 layers has 0.15 MB
+LONGEST_HEADER = 2 * 2**20  # bytes of JSON; a Llama of 126 layers has 0.15 MB
 MOST_SHARDS = 1000
 
 CONFIG_KEYS = {  # ours: theirs

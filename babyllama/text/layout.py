@@ -122,6 +122,8 @@ def read_layout(data: bytes, where: object) -> Layout:
 
 
 def parse(data: bytes, where: object) -> dict[str, Any]:
+    if len(data) > LARGEST_REST:
+        broken(where, f"has {len(data)} bytes of JSON, more than {LARGEST_REST}")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8

@@ -267,6 +267,19 @@ def test_a_hostile_file_is_refused_at_once_and_in_little_memory(tmp_path: Path, 
     tracemalloc.stop()
 
 
+def test_the_texts_of_all_keys_together_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, six = tmp_path / "a.gguf", struct.pack("<IQ", STRING, 6) + text("ab") * 6
+    path.write_bytes(file([key("a", ARRAY, six), key("b", ARRAY, six)]))
+    assert len(GGUF(path).metadata) == 2
+    for name, most, said in (
+        ("MOST_TEXTS", 11, "has 12 texts up to b"),
+        ("MOST_LETTERS", 25, "25 bytes of texts"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"babyllama.checkpoint.gguf.{name}", most)
+            assert said in refusal(path)
+
+
 def test_the_parts_that_hostile_files_are_made_of_make_good_ones_too(tmp_path: Path) -> None:
     keys = [
         key("general.architecture", STRING, text("llama")),

@@ -414,6 +414,23 @@ def test_a_hostile_header_is_refused_at_once_and_in_little_memory(tmp_path, cont
     assert caught.value.code in ("E203", "E205")
 
 
+@pytest.mark.parametrize("what", ["objects", "a name", "config.json"])
+def test_the_longest_json_takes_no_more_memory_than_any_other_file(tmp_path, what):
+    config = json.dumps(config_json(Config(vocab_size=9, dim=8, n_layers=1, n_heads=2))).encode()
+    objects = b'{"a": [%b{}]' % (b"{}," * (LONGEST_HEADER // 3 - 1000))
+    header = {"ab" * (LONGEST_HEADER // 2 - 100): entry((0,), (0, 0))} if what == "a name" else objects + b"}"
+    files = {"config.json": config, "model.safetensors": safetensors(header)}
+    if what == "config.json":
+        files["config.json"] = objects + b", " + config[1:]
+    put(tmp_path, files)
+    tracemalloc.start()
+    with pytest.raises(InputError) as caught:
+        read_model(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2 * max(map(len, files.values())) + 2**26
+    tracemalloc.stop()
+    assert caught.value.code in ("E203", "E205")
+
+
 def test_a_name_from_a_file_cannot_write_on_the_terminal(tmp_path, tokenizer):
     ours = make(tokenizer, n_heads=6)
     files = model_files(ours.config, ours.state_dict(), tokenizer)
