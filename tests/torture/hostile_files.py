@@ -24,6 +24,7 @@ import signal
 import struct
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -295,7 +296,12 @@ def work(target: Target, good: bytes, seed: int, count: int, score: "np.ndarray"
     for number in range(int(score[CASES]), count):
         score[CASES] = number
         signal.alarm(HANGS)
-        if wrong := attempt(target, case(target, good, seed, number), score, memory):
+        try:
+            content = case(target, good, seed, number)
+        except Exception:
+            traceback.print_exc()  # of which the last line is shown
+            raise
+        if wrong := attempt(target, content, score, memory):
             print(f"{target.name}, case {number}: {wrong}{keep(target, number, kept)}", flush=True)
     score[CASES] = count
     signal.alarm(0)

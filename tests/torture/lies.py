@@ -29,6 +29,7 @@ TEXTS += (
     ".safetensors",
     "▁" * 300,
 )
+SHORT = TEXTS[:8]
 LARGEST = 2**20  # bytes of numbers behind a header
 
 
@@ -102,7 +103,7 @@ def lying_json(value: Any, chance: Random) -> bytes:
         at = chance.choice(found)
         said = f'"{chance.choice((*value, "a")) if isinstance(value, dict) else "a"}": 1, '
         deep = chance.choice((10, 100, 1000, rarely(100_000, 3, chance)))
-        many = rarely(1_000_000, 3, chance)  # of the smallest things that take the most memory
+        many = rarely(600_000, 3, chance)  # of the smallest things that take the most memory
         odd = ("1" + "0" * 5000, "1e999", "-0", "-", "[" * deep, '{"a":' * deep, "[" + "{}," * many + "{}]")
         new = chance.choice(odd) if at[0] else said
         text = text[: at.start()] + new + text[at.end() :]
@@ -181,7 +182,7 @@ def gguf(keys: list[Key], shapes: dict[str, list[int]], chance: Random) -> bytes
             keys.append(
                 [name, *chance.choice(([4, chance.choice((0, 1, 8, 31, 2**16, 2**31))], _typed(chance)))]
             )
-        elif kind in (4, 5) and (arrays := [key for key in keys if key[1] == ARRAY]):
+        elif kind in (4, 5) and (arrays := [key for key in keys if key[1] == ARRAY and key[2][1]]):
             key = chance.choice(arrays)
             key[2] = [key[2][0], _other_elements(*key[2], chance)]
         elif kind == 6:
@@ -224,7 +225,8 @@ def _typed(chance: Random) -> list[Any]:
     if chance.random() < 0.05:  # an array of arrays, or of no type
         return [ARRAY, [chance.choice((ARRAY, 13, 2**31)), []]]
     length = chance.choice((0, 1, 2, 3, 300, rarely(50_000, 4, chance)))
-    return [ARRAY, [kind, [_element(kind, chance)] * length]]
+    element = _element(kind, chance) if kind != STRING or length < 4 else chance.choice(SHORT)
+    return [ARRAY, [kind, [element] * length]]
 
 
 def _element(kind: int, chance: Random) -> Any:
@@ -581,7 +583,7 @@ def tiktoken(pieces: Pieces, chance: Random | None = None) -> bytes:
         at = chance.randrange(len(lines))
         token, _, rank = lines[at].partition(b" ")
         new = (
-            token + b" " + lines[-1].split()[-1],
+            token + b" " + lines[-1].rpartition(b" ")[2],
             token + b" -1",
             token + b" 1e3",
             rank + b" " + rank,
@@ -618,7 +620,7 @@ def llama2c(chance: Random) -> bytes:
             (0, -1, -(2**31), 3, 5, *(n for n in NUMBERS if n < 2**31))
         )
     if version == 0:
-        sizes[5] = sizes[5] if tied else max(-(2**31) + 1, -sizes[5])
+        sizes[5] = sizes[5] if tied else min(2**31 - 1, -sizes[5])
         head = struct.pack("<7i", *sizes)
     else:
         head = struct.pack(
