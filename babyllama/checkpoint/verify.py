@@ -65,7 +65,8 @@ class Verdict:
         change = self.bits_after - self.bits_before
         return (
             f"{self.reader}: logits differ by {self.largest:.2g} at most ({self.relative:.1g} of their size), "
-            f"bits per byte {self.bits_before:.4f} before, {self.bits_after:.4f} after ({change:+.4f})"
+            f"bits per byte of a text in many scripts {self.bits_before:.4f} before, {self.bits_after:.4f} after "
+            f"({change:+.4f})"
         )
 
 
