@@ -18,11 +18,12 @@ from babyllama.terminal import console, errors, note, plural, printable, show_er
 
 PROMPT = "> "
 HELP = """/reset      forget what was said
-/save FILE  write what was said, as JSON: one line, the form that data sets of conversations have
+/save FILE  write what was said, as data sets of conversations have it: JSON
 /help       this
 /quit       leave; so do Ctrl-D, and Ctrl-C twice
 
-Ctrl-C while the model answers stops the answer. For a message that begins with /, put a space before it."""
+Ctrl-C while the model answers stops the answer. To send a message that begins
+with /, put a space before it."""
 PLAIN = "This model has no chat template: it has not learned to answer, and goes on with what you write."
 
 

@@ -116,14 +116,15 @@ def preparing() -> Iterator[Callable[[str, int, int], None]]:
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(bar_width=24),
-        TextColumn("{task.percentage:3.0f} %"),
+        TextColumn("{task.fields[share]}"),
     )
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task("", total=None)
+    task = bar.add_task("", total=None, share="")
 
     def told(stage: str, done: int, total: int) -> None:
         bar.start()
-        bar.update(task, description=stage, completed=done, total=total or None)
+        share = f"{100 * done / total:3.0f} %" if total else ""  # of a stage whose length nobody knows: a bar alone
+        bar.update(task, description=stage, completed=done, total=total or None, share=share)
         if stage == "encoding" and done >= total:
             bar.stop()
 

@@ -1,5 +1,6 @@
 """What a person sees in a real terminal: the live line at several widths, and what happens without a screen."""
 
+import io
 import os
 import pty
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from babyllama import terminal
 from babyllama.checkpoint.run import Run
@@ -113,3 +115,14 @@ def test_figures_read_as_a_person_would_write_them():
 def test_what_a_model_says_keeps_its_tabs(capsys):
     terminal.say("a\tb\n\tc [bold]d")
     assert capsys.readouterr().out == "a\tb\n\tc [bold]d\n"
+
+
+def test_a_stage_of_unknown_length_shows_a_bar_without_a_share(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "console", Console(file=screen, force_terminal=True, width=60))
+    with terminal.preparing() as told:
+        told("fetching smollm2", 0, 0)
+    assert "fetching smollm2" in screen.getvalue() and "%" not in screen.getvalue()
+    with terminal.preparing() as told:
+        told("reading", 1, 2)
+    assert "50 %" in screen.getvalue()
