@@ -386,8 +386,8 @@ class LoadedLlama:
         return self._model if self._model is not None else build(self.config, self._weights or {})
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt: one BOS and the text."""
-        return self.tokenizer.encode(text, bos=True)
+        """The ids of a prompt: the text, after one BOS where the tokenizer says so, as those trained here do."""
+        return self.tokenizer.prompt(text)
 
     def generate(self, prompt: str, **options: Any) -> str:
         """The text that follows `prompt`; see `stream` for the options."""

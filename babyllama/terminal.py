@@ -123,7 +123,9 @@ def preparing() -> Iterator[Callable[[str, int, int], None]]:
 
     def told(stage: str, done: int, total: int) -> None:
         bar.start()
-        share = f"{100 * done / total:3.0f} %" if total else ""  # of a stage whose length nobody knows: a bar alone
+        share = (
+            f"{100 * done / total:3.0f} %" if total else ""
+        )  # of a stage whose length nobody knows: a bar alone
         bar.update(task, description=stage, completed=done, total=total or None, share=share)
         if stage == "encoding" and done >= total:
             bar.stop()

@@ -96,7 +96,7 @@ def verify(
     if tokenizer is None:
         ids = [i % config.vocab_size for i in range(1, 200)]
     else:
-        ids = tokenizer.encode(text, bos=True)
+        ids = tokenizer.prompt(text)
     ids = ids[: config.max_seq_len]
     before = _logits(config, weights, ids)
     on_disk = open_llama(written)

@@ -155,7 +155,7 @@ class ChatTemplate:
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         ids, places = self._tokenizer.encode_marked(text)
         # Some templates leave BOS to the program, which puts one before every text: Zephyr's, for one.
-        if (self.plain or self._tokenizer.puts_bos) and ids[:1] != [self._tokenizer.bos_id]:
+        if not ids or (self._tokenizer.puts_bos and ids[:1] != [self._tokenizer.bos_id]):
             return [self._tokenizer.bos_id, *ids], [(0, 0), *places]
         return ids, places
 

@@ -30,6 +30,7 @@ NORMALIZERS = {"Sequence", "Prepend", "Replace", "NFC", "NFD", "NFKC", "NFKD", "
 PRE_TOKENIZERS = {"Sequence", "Split", "ByteLevel", "Digits", "Metaspace"}
 MOST_STEPS = 16
 MOST_QUOTES = 2 * LARGEST_VOCAB + 4 * MOST_MERGES + 2**19  # of tokens, of merges, of all else
+LARGEST_BESIDE = 2 * 2**20  # bytes of another JSON file, with a chat template in it
 LARGEST_REST = 2**20  # bytes of all but vocabulary and merges; Llama 3's has 60,000
 
 
@@ -122,8 +123,8 @@ def read_layout(data: bytes, where: object) -> Layout:
 
 
 def parse(data: bytes, where: object) -> dict[str, Any]:
-    if len(data) > LARGEST_REST:
-        broken(where, f"has {len(data)} bytes of JSON, more than {LARGEST_REST}")
+    if len(data) > LARGEST_BESIDE:
+        broken(where, f"has {len(data)} bytes of JSON, more than {LARGEST_BESIDE}")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8

@@ -168,6 +168,10 @@ class Tokenizer:
         ids = self._core.encode(valid(text), add_special_tokens=False).ids
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text that a model is to go on with: after BOS where `puts_bos`, and never none at all."""
+        return self.encode(text, bos=self.puts_bos) or [self.bos_id]
+
     def marks(self, ids: Iterable[int]) -> dict[int, str]:
         """For each of these control tokens a name that stands for it in `encode_marked`, and that nobody can type.
 

@@ -1,6 +1,7 @@
 """Out and in again: every shape of Llama in every format, read by others, with the same logits."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,20 @@ def test_what_a_reader_says_of_a_file_is_a_failed_verification(tmp_path: Path, t
     with pytest.raises(NumericalError, match="transformers does not read it") as caught:
         verify(llama.config, llama.state_dict(), tokenizer, folder, to="hf")
     assert caught.value.code == "E504"
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_a_tokenizer_that_puts_no_bos_is_compared_without_one(
+    tmp_path: Path, tokenizer: Tokenizer, to: str
+) -> None:
+    layout = json.loads(tokenizer.files()["tokenizer.json"])
+    layout["post_processor"] = None  # as SmolLM2's
+    without = Tokenizer({**tokenizer.files(), "tokenizer.json": json.dumps(layout).encode()})
+    assert without.prompt(TEXT) == tokenizer.prompt(TEXT)[1:]
+    assert without.prompt("") == tokenizer.prompt("") == [tokenizer.bos_id]
+    llama = model(tokenizer, n_heads=6)
+    out = export(llama.config, llama.state_dict(), without, tmp_path / "a", to=to)[0]
+    assert verify(llama.config, llama.state_dict(), without, out, to=to).reader != OURS
 
 
 def test_a_reader_that_does_not_start_is_no_fault_of_the_file(
