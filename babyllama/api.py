@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from babyllama import machine
-from babyllama.checkpoint.contents import plain
+from babyllama.checkpoint.contents import check_ids, plain
 from babyllama.checkpoint.export import FORMATS, bare
 from babyllama.checkpoint.export import export as write_export
 from babyllama.checkpoint.hf import build, read_config
@@ -307,10 +307,10 @@ def export(
     Raises what `load` does; UsageError E101 to E105; MachineError E401, E403; NumericalError E504: read again, it does
     not compute the same.
     """
-    if kind is not None and to != "gguf":
+    if kind is not None and to != "gguf" and to in FORMATS:
         raise UsageError("E103", "--type", f"is of a GGUF, and {to} has one kind of numbers", "leave it out")
     for option, given, of in (("--shards", shards != 1, "meta"), ("--version", version != 0, "llama2c")):
-        if given and to != of:
+        if given and to != of and to in FORMATS:
             raise UsageError("E103", option, f"is of {of}, and has no meaning for {to}", "leave it out")
     kind = kind or ("f16" if to == "gguf" else "f32")
     found = find(path, step)
@@ -374,11 +374,7 @@ class LoadedLlama:
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self._model, self._weights = model, weights
-        if tokenizer.vocab_size > config.vocab_size:
-            found = f"has ids up to {tokenizer.vocab_size - 1}, the model knows {config.vocab_size}"
-            raise InputError(
-                "E309", "the tokenizer", found, "use the tokenizer that the model was trained with"
-            )
+        check_ids(tokenizer.vocab_size, config)
 
     @cached_property
     def model(self) -> Llama:
@@ -498,7 +494,7 @@ class LoadedLlama:
 
     def bits_per_byte(self, text: str) -> float:
         """How many bits this model needs for each byte of `text`; lower is better, 8 is what a blind guess needs."""
-        ids, lengths = np.asarray(self.encode(text)), self.tokenizer.byte_lengths
+        ids, lengths = np.asarray(self.tokenizer.encode(text, bos=True)), self.tokenizer.byte_lengths
         after_bos = self.tokenizer.bos_id, lengths(self.tokenizer.bos_id)
         return score(self.model, ids, lengths(), self.config.max_seq_len, after_bos=after_bos).bits_per_byte
 
@@ -508,11 +504,14 @@ class LoadedLlama:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model made of the first `items` of `items_in_all`: documents of a text, or questions of a set."""
+    """What a model made of the first `items` of `items_in_all`: documents of a text, or questions of a set.
+
+    `items_in_all` is None of a text that was read no further.
+    """
 
     on: str
     items: int
-    items_in_all: int
+    items_in_all: int | None
     result: Score | Marks
 
 
@@ -596,7 +595,7 @@ def _evaluate_on(
         return _evaluate_corpus(llama, Corpus.open(on), f"text held out of {on}", limit, progress)
     ids, documents = whole_text(on, llama.tokenizer, reading, limit)
     scored = _bits_per_byte(llama, ids, _named(progress, str(on)))
-    return Evaluation(str(on), documents, documents, scored)
+    return Evaluation(str(on), documents, None if documents == limit else documents, scored)
 
 
 def _check_known(on: str | Path) -> None:

@@ -455,7 +455,9 @@ def export(
             ("Ollama", command("ollama", "create", bare(first.name), "-f", beside)),
         ],
         "llama2c": [("llama2.c", command("./run", first, "-z", beside, "-i", "Once"))] * with_tokenizer,
-        "meta": [("Meta's code", f"Llama.build(..., max_seq_len={found.config.max_seq_len})")],
+        "meta": [
+            ("Meta's code", f"give it max_seq_len={found.config.max_seq_len}, which params.json cannot say")
+        ],
         "hf": [("Python", f'AutoModelForCausalLM.from_pretrained("{first}")')],
     }
     for name, use in uses[to]:

@@ -327,12 +327,19 @@ def measuring() -> Iterator[Callable[[str, int, int], None]]:
 
 def evaluation(found: Any) -> None:
     """What was measured, on how much of it, then each figure with its error beside what guessing gives."""
-    result, part = found.result, f"{found.items:,} of " if found.items < found.items_in_all else ""
+    result = found.result
+
+    def counted(word: str) -> str:
+        if found.items_in_all is None:
+            return f"the first {plural(found.items, word)}"
+        part = f"{found.items:,} of " if found.items < found.items_in_all else ""
+        return f"{part}{plural(found.items_in_all, word)}"
+
     if hasattr(result, "bits_per_byte"):
-        what = f"{part}{plural(found.items_in_all, 'document')}, {result.bytes:,} bytes"
+        what = f"{counted('document')}, {result.bytes:,} bytes"
         rows = [("bits per byte", result.bits_per_byte, result.error, "guessing 8")]
     else:
-        what = f"{part}{plural(found.items_in_all, 'question')}"
+        what = counted("question")
         guessing = f"guessing {result.guessing:.3f}" if result.guessing else ""
         figures = {"acc": result.acc, "acc_norm": result.acc_norm, "perplexity": result.perplexity}
         rows = [

@@ -534,6 +534,16 @@ def test_the_bos_of_a_tokenizer_is_its_own_and_not_a_default_of_the_model(tmp_pa
     assert api.load(tmp_path).encode("x") == ours.encode("x", bos=True)
 
 
+def test_a_text_is_scored_behind_bos_and_a_prompt_has_one_only_where_the_tokenizer_says_so(llama, tmp_path):
+    layout = json.loads(llama.tokenizer.files()["tokenizer.json"])
+    layout["post_processor"] = None  # as SmolLM2's
+    files = {**llama.tokenizer.files(), "tokenizer.json": json.dumps(layout).encode()}
+    without = LoadedLlama(llama.config, Tokenizer(files), llama.model)
+    text = "Once upon a time"
+    assert without.encode(text) == llama.encode(text)[1:]
+    assert without.bits_per_byte(text) == llama.bits_per_byte(text)
+
+
 # ---- measuring -----------------------------------------------------------------------------------
 
 QUESTIONS = [
@@ -593,7 +603,7 @@ def test_a_text_is_measured_as_documents_between_bos_and_eos(llama, tmp_path):
     assert (found.on, found.items, found.items_in_all) == (str(tmp_path), 2, 2)
     assert told[0] == (str(tmp_path), 0, told[-1][2]) and told[-1][1] == told[-1][2] and told == sorted(told)
     (first,) = api.evaluate(llama, [tmp_path], limit=1)
-    assert first.items == 1 and first.result.bytes == len((TEXT * 2).encode())
+    assert (first.items, first.items_in_all) == (1, None) and first.result.bytes == len((TEXT * 2).encode())
 
 
 def test_a_text_of_another_form_is_read_as_it_is_said_to_be(llama, tmp_path):

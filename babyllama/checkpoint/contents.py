@@ -58,6 +58,13 @@ def number(value: Any, kind: type, key: str, refuse: Refuse) -> Any:
     return kind(value)
 
 
+def check_ids(ids: int, config: Config) -> None:
+    """Raises InputError E309 for a tokenizer of more `ids` than the model has rows."""
+    if ids > config.vocab_size:
+        found = f"has ids up to {ids - 1:,}, the model knows {config.vocab_size:,}"
+        raise InputError("E309", "the tokenizer", found, "use the tokenizer that the model was trained with")
+
+
 # ---- tensors -------------------------------------------------------------------------------------
 
 

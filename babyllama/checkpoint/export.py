@@ -5,9 +5,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from babyllama.checkpoint.contents import check_ids
 from babyllama.checkpoint.folder import new_folder, replace_file, replace_file_by_parts
 from babyllama.checkpoint.gguf import gguf_parts
-from babyllama.checkpoint.hf import model_files
+from babyllama.checkpoint.hf import model_files, text_files
 from babyllama.checkpoint.llama2c import llama2c_parts
 from babyllama.checkpoint.meta import meta_parts
 from babyllama.errors import MachineError, UsageError
@@ -38,12 +39,16 @@ def export(
 
     With a GGUF goes a Modelfile, which Ollama makes a model from; with a model.bin its tokenizer.
 
-    Raises UsageError E101, E102, E105 (the format has no place for something of this model), MachineError E401, E403.
+    Raises UsageError E101, E102, E105 (the format has no place for something of this model), InputError E309 (a
+    tokenizer of another model), E310, MachineError E401, E403.
     """
     if to not in FORMATS:
         raise UsageError("E101", "--to", f"{to!r} is not a format", f"choose one of {', '.join(FORMATS)}")
-    suffix = {"gguf": ".Modelfile", "llama2c": "-tokenizer.bin"}.get(to)
-    beside = out if suffix is None else out.with_name(bare(out.name) + suffix)
+    beside = out.with_name(bare(out.name) + ".Modelfile") if to == "gguf" else out
+    if to == "llama2c" and tokenizer is not None:
+        beside = tokenizer_beside(out)
+    if tokenizer is not None:
+        check_ids(tokenizer.vocab_size, config)
     for path in (out, beside):
         if path.exists():
             fix = "choose another --out, or remove it first"
@@ -55,7 +60,7 @@ def export(
         replace_file(beside, modelfile(out.name, "tokenizer.chat_template" in vocabulary))
         return [out, beside]
     if to == "llama2c":
-        pieces = None if tokenizer is None else to_llama2c(tokenizer)
+        pieces = None if tokenizer is None else to_llama2c(tokenizer, config.vocab_size)
         replace_file_by_parts(out, llama2c_parts(config, weights, version))
         if pieces is None:
             return [out]
@@ -64,7 +69,9 @@ def export(
     assert tokenizer is not None
     if to == "meta":
         files: Iterable[tuple[str, bytes]] = (
-            pair for part in (meta_parts(config, weights, shards), tokenizer.files().items()) for pair in part
+            pair
+            for part in (meta_parts(config, weights, shards), text_files(tokenizer).items())
+            for pair in part
         )
     else:
         files = model_files(config, weights, tokenizer).items()
@@ -72,6 +79,11 @@ def export(
         for name, content in files:
             (folder / name).write_bytes(content)
     return [out]
+
+
+def tokenizer_beside(path: Path) -> Path:
+    """Where the tokenizer of the llama2.c file at `path` is put."""
+    return path.with_name(bare(path.name) + "-tokenizer.bin")
 
 
 def bare(name: str) -> str:

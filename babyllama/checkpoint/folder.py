@@ -127,7 +127,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def replace_file_by_parts(path: Path, parts: Iterable[bytes]) -> None:
     """The same with a content that is made while it is written."""
-    half_done = path.parent / f".tmp-{path.name}"
+    half_done = path.parent / f".tmp-{path.name}-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         half_done.unlink(missing_ok=True)

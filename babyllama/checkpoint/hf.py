@@ -167,6 +167,16 @@ def _one_or_list(tokenizer: Tokenizer) -> int | list[int]:
 
 def model_files(config: Config, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> dict[str, bytes]:
     """The files of a Hugging Face folder: `transformers` opens it as it is, weights and tokenizer."""
+    tensors = {rename(name): weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    return {
+        "config.json": json.dumps(config_json(config, tokenizer), indent=2).encode(),
+        WEIGHTS: save(tensors, metadata={"format": "pt"}),
+        **text_files(tokenizer),
+    }
+
+
+def text_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The tokenizer's files, and the generation_config.json, in which every token that ends a text stands."""
     generation = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": _one_or_list(tokenizer),
@@ -174,13 +184,7 @@ def model_files(config: Config, weights: Mapping[str, Tensor], tokenizer: Tokeni
         "temperature": 0.8,
         "top_p": 0.95,
     }
-    tensors = {rename(name): weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    return {
-        "config.json": json.dumps(config_json(config, tokenizer), indent=2).encode(),
-        "generation_config.json": json.dumps(generation, indent=2).encode(),
-        WEIGHTS: save(tensors, metadata={"format": "pt"}),
-        **tokenizer.files(),
-    }
+    return {"generation_config.json": json.dumps(generation, indent=2).encode(), **tokenizer.files()}
 
 
 def read_model(folder: Path, weights: Path | None = None) -> tuple[Config, Weights]:

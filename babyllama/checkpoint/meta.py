@@ -8,7 +8,8 @@ Rows of wq and wk are in pairs: see layout.py. Each file of several holds a part
     norms                                  the whole, in every file
 
 params.json has no place for head_dim (dim / n_heads), the context or tied embeddings, and for RoPE's scaling only
-`use_scaled_rope`, which Meta's code takes as Llama 3.1's: factor 8 of a context of 8192.
+`use_scaled_rope`: factor 8 of a context of 8192, as in Llama 3.1, and 32 for the two sizes of Llama 3.2, as their
+config.json on the hub says. (Meta's own code takes 8 for them too: its issues 166 and 241.)
 Source: https://github.com/meta-llama/llama-models, models/llama3/args.py and model.py
 """
 
@@ -57,7 +58,7 @@ NAMES = {  # ours: theirs; N is the number of the layer
 DERIVED = "rope.freqs"  # some files hold the frequencies too
 BY_COLUMNS = ("attention.wo.weight", "feed_forward.w_down.weight")
 MOST_SHARDS = 64
-SCALED = RopeScaling(kind="llama3", factor=8.0)  # what use_scaled_rope stands for
+LLAMA_3_2 = {(2048, 16), (3072, 28)}  # dim, n_layers of 1B and 3B
 CONTEXTS = {"scaled": 131072, "Llama 3": 8192, "Llama 2": 4096, "Llama 1": 2048}
 
 
@@ -143,7 +144,7 @@ def _config(path: Path, archives: list[Archive]) -> tuple[Config, bool]:
     scaled = params.get("use_scaled_rope", False)
     if not isinstance(scaled, bool):
         raise refuse("use_scaled_rope", f"is {plain(scaled)}, expected true or false")
-    values["rope_scaling"] = SCALED if scaled else None
+    values["rope_scaling"] = _scaled(values["dim"], values["n_layers"]) if scaled else None
     if scaled:
         values["max_seq_len"] = CONTEXTS["scaled"]
     elif values["rope_theta"] != 10000.0:
@@ -152,6 +153,11 @@ def _config(path: Path, archives: list[Archive]) -> tuple[Config, bool]:
         values["max_seq_len"] = CONTEXTS["Llama 1" if values["norm_eps"] < 1e-5 else "Llama 2"]
     values["tie_embeddings"] = tied = head == table
     return config_from(values, {}, refuse), tied
+
+
+def _scaled(dim: int, n_layers: int) -> RopeScaling:
+    """What use_scaled_rope stands for in a model of this size."""
+    return RopeScaling(kind="llama3", factor=32.0 if (dim, n_layers) in LLAMA_3_2 else 8.0)
 
 
 def _axis(name: str, shape: Shape, archives: list[Archive]) -> int | None:
@@ -177,7 +183,7 @@ def meta_parts(config: Config, weights: Mapping[str, Tensor], shards: int = 1) -
     """
     refusals = {
         "head_dim": config.head_dim * config.n_heads != config.dim,
-        "RoPE's scaling": config.rope_scaling not in (None, SCALED),
+        "RoPE's scaling": config.rope_scaling not in (None, _scaled(config.dim, config.n_layers)),
     }
     for what, refused in refusals.items():
         if refused:

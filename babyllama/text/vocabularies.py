@@ -58,8 +58,9 @@ END_NAMES = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", EOS, "<|endoftext|>", "</
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
-LARGEST_FILE = 8 * 2**20  # bytes; Llama 3's has 2.2 MB
+LARGEST_FILE = 5 * 2**20  # bytes; Llama 3's has 2.2 MB
 LARGEST_VOCAB = 2**18  # Llama 3's has 128,256
+MOST_PIECES = 2**17  # of SentencePiece; Llama 1's and 2's have 32,000
 MOST_MERGES = 2**19  # the GGUF of Llama 3 has 280,147
 MOST_FIELDS = 2**19  # of a protobuf; Llama 2's has 128,000
 LONGEST_PIECE = 256  # bytes; Llama 3's has 128
@@ -171,8 +172,8 @@ def from_sentencepiece(data: bytes, where: object) -> dict[str, bytes]:
     for number, value in read.fields(data):
         if number == 1:
             fields = dict(read.fields(value))
-            if len(pieces) == LARGEST_VOCAB:
-                broken(where, f"has more than {LARGEST_VOCAB} tokens")
+            if len(pieces) == MOST_PIECES:
+                broken(where, f"has more than {MOST_PIECES} tokens")
             pieces.append(read.text(fields.get(1, b"")))
             scores.append(read.float32(fields.get(2, bytes(4))))
             types.append(read.int(fields.get(3, NORMAL)))
@@ -700,8 +701,8 @@ def _files(
         config["chat_template"] = template
     return {
         "tokenizer.json": json.dumps(layout, ensure_ascii=False, separators=(",", ":")).encode(),
-        "tokenizer_config.json": _dump(config),
-        "generation_config.json": _dump(generation),
+        "tokenizer_config.json": dump(config),
+        "generation_config.json": dump(generation),
     }
 
 
@@ -722,5 +723,6 @@ def _one_bos(bos: str, id: int) -> dict[str, Any]:
     }
 
 
-def _dump(value: object) -> bytes:
+def dump(value: object) -> bytes:
+    """JSON as the files beside a tokenizer.json have it."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

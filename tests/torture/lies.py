@@ -101,7 +101,7 @@ def lying_json(value: Any, chance: Random) -> bytes:
     if chance.random() < 0.1:  # what json.dumps does not write
         found = list(re.finditer(r'(?<=\{)|\d+|"[^"]*"', text)) or [re.match("", text)]
         at = chance.choice(found)
-        said = f'"{chance.choice((*value, "a")) if isinstance(value, dict) else "a"}": 1, '
+        said = json.dumps(chance.choice((*value, "a")) if isinstance(value, dict) else "a") + ": 1, "
         deep = chance.choice((10, 100, 1000, rarely(100_000, 3, chance)))
         many = rarely(600_000, 3, chance)  # of the smallest things that take the most memory
         odd = ("1" + "0" * 5000, "1e999", "-0", "-", "[" * deep, '{"a":' * deep, "[" + "{}," * many + "{}]")
