@@ -602,9 +602,7 @@ def eval(
 def info(
     model: Annotated[
         Path,
-        typer.Argument(
-            metavar="MODEL", help="A run, a saved step, a folder, a llama2.c file or a config.json."
-        ),
+        typer.Argument(metavar="MODEL", help="As in the other commands, or a config.json."),
     ],
     context: Annotated[int, typer.Option(help="Tokens in a row; 0: the model's own context.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Rows at once, for the memory of training.")] = 1,

@@ -41,9 +41,9 @@ from babyllama.checkpoint.hf import INDEX, WEIGHTS, model_files, rename
 from babyllama.checkpoint.llama2c import llama2c_parts
 from babyllama.checkpoint.meta import NAMES, PARAMS, meta_parts
 from babyllama.checkpoint.open import open_llama
-from babyllama.errors import BabyLlamaError
+from babyllama.errors import BabyLlamaError, InputError
 from babyllama.model import Config, Llama
-from babyllama.text.export import to_gguf
+from babyllama.text.export import to_gguf, to_llama2c
 from babyllama.text.tokenizer import Tokenizer
 
 TEXT = "It was the ducklings' first summer; 1, 22, 333 of them. Größe 😀\n" * 9
@@ -118,8 +118,16 @@ def tokenizer_at(path: Path) -> None:
     encode(Tokenizer.load(path))
 
 
+def tokenizer_of_folder(path: Path) -> None:
+    encode(Tokenizer.load(path.parent))
+
+
 def encode(tokenizer: Tokenizer) -> None:
+    """And write it as other programs keep it, which they may have no place for."""
     tokenizer.decode(tokenizer.encode(TEXT[:80], bos=True))
+    for write in (to_gguf, to_llama2c):
+        with contextlib.suppress(InputError):
+            write(tokenizer)
 
 
 def targets(folder: Path) -> list[Target]:
@@ -131,6 +139,9 @@ def targets(folder: Path) -> list[Target]:
     places = {rename(name): "model-1.safetensors" for name in model}
     index = json.dumps({"weight_map": places}).encode()
     sharded = {"config.json": native["config.json"], "model-1.safetensors": native[WEIGHTS], INDEX: index}
+    talks = [{"name": "default", "template": "{{ messages }}"}, {"name": "tools", "template": "x"}]
+    said = {**json.loads(native["tokenizer_config.json"]), "chat_template": talks}
+    beside = {"tokenizer_config.json": json.dumps(said).encode()}
     meta = dict(meta_parts(config, model))
     header = json.loads(native[WEIGHTS][8 : 8 + int.from_bytes(native[WEIGHTS][:8], "little")])
     del header["__metadata__"]
@@ -158,6 +169,8 @@ def targets(folder: Path) -> list[Target]:
     add("config.json", native, "config.json", weights_of_folder)
     add("index", sharded, INDEX, weights_of_folder)
     add("tokenizer.json", native, "tokenizer.json", tokenizer_at)
+    for name in ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
+        add(name, {**native, **beside}, name, tokenizer_of_folder)
     add("pth", meta, "consolidated.00.pth", weights, functools.partial(lies.pth, shapes))
     add("params.json", meta, PARAMS, weights_of_folder)
     for name, vocabulary in (("gguf", to_gguf(tokenizer)), ("gguf of pieces", gguf_of(pieces))):
