@@ -221,7 +221,12 @@ def _for_model(
     used: float,
     settings: dict[str, Any],
 ) -> Plan:
-    """The plan for a model of this size. What the numbers rest on stands in docs/log.md (2026-11-24)."""
+    """The plan for a model of this size.
+
+    What the numbers rest on stands in docs/log.md: 2026-11-24 for dropout, decay, rates and the size of a step;
+    2026-11-30, "each default taken back by itself", for Muon, cautious decay, a head of its own, the norm after the
+    embedding and weight decay, which win there, and for the first weights, schedule, average and clip, which do not.
+    """
     context, width = settings["context"], model.dim
     bare = Plan(model=model, context=context, batch_size=1, seconds=seconds, steps=steps or 0, threads=1)
     seen = _tokens(bare, peak, used)  # without Muon, which takes time of its own
