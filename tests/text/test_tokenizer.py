@@ -589,7 +589,7 @@ def test_a_broken_config_beside_the_tokenizer_is_e310(ours: Tokenizer, tmp_path:
     with pytest.raises(InputError, match="generation_config") as error:
         Tokenizer.load(folder)
     assert error.value.code == "E310"
-    many = b'{"a": [%b{}]}' % (b"{}," * 2**19)  # which would take 25 times its bytes in memory
+    many = b'{"a": [%b{}]}' % (b"{}," * 2**20)  # which would take 25 times its bytes in memory
     folder = _write({**ours.files(), "tokenizer_config.json": many}, tmp_path / "long")
     with pytest.raises(InputError, match="bytes of JSON") as error:
         Tokenizer.load(folder)
