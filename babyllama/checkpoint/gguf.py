@@ -35,9 +35,7 @@ ALIGNMENT = 32  # bytes, where general.alignment does not say otherwise
 MOST_KEYS, MOST_TENSORS = 10_000, 20_000
 LONGEST_TEXT, LONGEST_NAME = 2**20, 256  # bytes
 MOST_TEXTS = 2**20  # in all arrays; Llama 3 has 280,147 merges and 128,256 tokens
-MOST_LETTERS = (
-    2**24
-)  # bytes of all texts; a small text takes six times its bytes in memory, one of emoji four
+MOST_LETTERS = 2**24  # bytes of all texts; in memory, small ones take six times as many
 MOST_AXES = 4
 LARGEST_TENSOR = 2**48  # numbers
 
