@@ -416,7 +416,7 @@ def gguf_parts(
             found = (
                 f"{name_} holds numbers up to {largest:.3g}, {stored.name} only up to {stored.largest:.3g}"
             )
-            raise UsageError("E105", "--type", found, "take f32, or bf16")
+            raise UsageError("E105", "--type", found, "take f32" if kind == "bf16" else "take f32, or bf16")
         data = stored.write(weight.contiguous().numpy().reshape(-1))
         yield data.ljust(_padded(len(data)), b"\0")
 

@@ -211,16 +211,20 @@ def read_model(folder: Path, weights: Path | None = None) -> tuple[Config, Weigh
     there = {name: shape for name, (_, shape) in found.items() if not _needless(name, config)}
     compare(there, expected, where, "config.json")
 
-    mapped: dict[Path, Any] = {}
+    mapped: dict[Path, tuple[Any, int]] = {}
     for path in files:
         try:  # what the headers do not tell: that they and the files' sizes agree
-            mapped[path] = safe_open(path, framework="pt")
+            mapped[path] = safe_open(path, framework="pt"), path.stat().st_size
         except (SafetensorError, OSError) as error:
             raise _damaged(path, f"is not a whole safetensors file ({error})") from None
 
     def read(name: str) -> Tensor:
         theirs = rename(name)
-        return mapped[found[theirs][0]].get_tensor(theirs)
+        path, _ = found[theirs]
+        file, size = mapped[path]
+        if path.exists() and path.stat().st_size != size:  # reading on could end the process
+            raise _damaged(path, "was changed while it was read")
+        return file.get_tensor(theirs)
 
     return config, Weights(config, read, where)
 

@@ -406,3 +406,11 @@ def test_numbers_that_a_kind_cannot_hold_are_refused_with_one_that_can(tmp_path:
     assert caught.value.code == "E105"
     for held in ("f32", "bf16"):
         read_gguf(put(tmp_path / held, llama, held))[1]["layers.0.attention.wq.weight"]
+
+
+def test_numbers_that_only_float32_can_hold_are_sent_there(tmp_path: Path) -> None:
+    llama = model(**SHAPES["plain"])
+    llama.layers[0].attention.wq.weight.data[3, 5] = 3.4e38
+    with pytest.raises(UsageError, match="BF16") as caught:
+        put(tmp_path / "a.gguf", llama, "bf16")
+    assert caught.value.fix == "take f32"

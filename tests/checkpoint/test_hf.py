@@ -213,6 +213,16 @@ def test_a_cut_weight_file_is_refused(tmp_path, tokenizer, cut):
     assert caught.value.code == "E205"
 
 
+def test_a_file_that_is_cut_after_it_was_opened_is_told_as_such(tmp_path, tokenizer):
+    ours = make(tokenizer, n_heads=6)
+    put(tmp_path, model_files(ours.config, ours.state_dict(), tokenizer))
+    _, weights = read_model(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 1000)
+    with pytest.raises(InputError) as caught:
+        weights["norm.weight"]
+    assert caught.value.code == "E205"
+
+
 def test_half_precision_weights_are_read_as_float32(tmp_path, tokenizer):
     ours = make(tokenizer, n_heads=6)
     half = {name: weight.to(torch.bfloat16) for name, weight in ours.state_dict().items()}
