@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,7 +60,11 @@ from babyllama.train.recipe import (
 )
 
 DATA = "data"  # the folder of a run in which its prepared text stands
-SAMPLE_TOKENS = 48  # of the text shown at each evaluation
+SAMPLE_WORDS, SAMPLE_LETTERS = (
+    3,
+    24,
+)  # at most, of the held-out text, with which what is shown at evaluations begins
+SAMPLE_TOKENS = 48  # that the model goes on with
 
 
 @dataclass(frozen=True)
@@ -187,17 +192,30 @@ def _corpus_of(run: Run) -> Corpus:
     return corpus
 
 
+def _words_held_out(corpus: Corpus) -> str:
+    """A few words from the middle of the held-out text, where a sentence begins if one does.
+
+    Without any a model writes the beginning of a document: of nothing but titles, where the documents have titles.
+    """
+    middle = len(corpus.val_ids) // 2
+    text = corpus.tokenizer.decode(corpus.val_ids[middle : middle + 128].tolist())
+    start = re.search(r"[.!?]\s+(?=\w)", text) or re.search(r"\s+(?=\w)", text)
+    return " ".join(text[start.end() if start else 0 :].split()[:SAMPLE_WORDS])[:SAMPLE_LETTERS]
+
+
 def _train(
     run: Run, planned: Planned, step: int | None, tell: Callable[[Any], None], used: float = 0.0
 ) -> None:
     tell(planned)
     chosen, corpus = planned.plan, planned.corpus
+    words = _words_held_out(corpus)
+    room = chosen.context - 1 - len(corpus.tokenizer.encode(words))
+    prompt, room = (words, room) if room > 0 else ("", chosen.context - 1)
 
     def sample(model: Llama) -> str:
         writer = LoadedLlama(chosen.model, corpus.tokenizer, model)
-        return writer.generate(
-            "", max_tokens=min(SAMPLE_TOKENS, chosen.context - 1), temperature=0.8, top_p=0.95
-        )
+        more = writer.generate(prompt, max_tokens=min(SAMPLE_TOKENS, room), temperature=0.8, top_p=0.95)
+        return prompt + more
 
     tell(loop.train(run, chosen, corpus, step=step, tell=tell, sample=sample, used=used))
 
