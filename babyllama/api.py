@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,11 +59,7 @@ from babyllama.train.recipe import (
 )
 
 DATA = "data"  # the folder of a run in which its prepared text stands
-SAMPLE_WORDS, SAMPLE_LETTERS = (
-    3,
-    24,
-)  # at most, of the held-out text, with which what is shown at evaluations begins
-SAMPLE_TOKENS = 48  # that the model goes on with
+SAMPLE_TOKENS = 48  # that a model goes on with at each evaluation, from some words of the held-out text
 
 
 @dataclass(frozen=True)
@@ -192,23 +187,12 @@ def _corpus_of(run: Run) -> Corpus:
     return corpus
 
 
-def _words_held_out(corpus: Corpus) -> str:
-    """A few words from the middle of the held-out text, where a sentence begins if one does.
-
-    Without any a model writes the beginning of a document: of nothing but titles, where the documents have titles.
-    """
-    middle = len(corpus.val_ids) // 2
-    text = corpus.tokenizer.decode(corpus.val_ids[middle : middle + 128].tolist())
-    start = re.search(r"[.!?]\s+(?=\w)", text) or re.search(r"\s+(?=\w)", text)
-    return " ".join(text[start.end() if start else 0 :].split()[:SAMPLE_WORDS])[:SAMPLE_LETTERS]
-
-
 def _train(
     run: Run, planned: Planned, step: int | None, tell: Callable[[Any], None], used: float = 0.0
 ) -> None:
     tell(planned)
     chosen, corpus = planned.plan, planned.corpus
-    words = _words_held_out(corpus)
+    words = corpus.words_held_out()
     room = chosen.context - 1 - len(corpus.tokenizer.encode(words))
     prompt, room = (words, room) if room > 0 else ("", chosen.context - 1)
 

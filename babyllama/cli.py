@@ -223,7 +223,7 @@ def _train_and_show(start: Callable[[Any, Any], object], out: Path) -> None:
     outcome = screen.outcome
     with contextlib.suppress(OSError, ReaderLeftError):
         if outcome.stopped_by is None:
-            note(f"Saved in {out}.  Try it:  {command('babyllama', 'generate', out, 'Once')}")
+            note(f"Saved in {out}.  Try it:  {command('babyllama', 'generate', out, screen.words)}")
         elif outcome.step:
             go_on = command("babyllama", "train", "--resume", out)
             note(f"\nStopped and saved at step {outcome.step:,}.  Go on:  {go_on}")

@@ -145,6 +145,7 @@ class TrainingScreen:
     def __init__(self) -> None:
         self.bits: float | None = None
         self.lowest, self.warned, self.held_out = math.inf, False, 0
+        self.words = ""  # to try the model with
         self.outcome: Any = None
         columns = (
             BarColumn(bar_width=14),
@@ -200,7 +201,8 @@ class TrainingScreen:
                 *expected(event.forecast, plan.seconds / 60),
             ]
         )
-        self.held_out = corpus.val_bytes
+        self.held_out, words = corpus.val_bytes, corpus.words_held_out()
+        self.words = words if words.isprintable() and words[:1].isalnum() else "Once"
         console.print()
 
     def _started(self, event: Any) -> None:

@@ -19,7 +19,6 @@ from babyllama.api import LoadedLlama, Planned, load, load_config
 from babyllama.checkpoint.folder import verify_folder
 from babyllama.checkpoint.hf import build, model_files
 from babyllama.checkpoint.run import Run
-from babyllama.data.corpus import prepare
 from babyllama.data.questions import Question
 from babyllama.errors import BabyLlamaError, InputError, NumericalError, UsageError
 from babyllama.generate.engine import Token
@@ -430,26 +429,6 @@ def test_what_is_shown_of_a_model_goes_on_from_words_that_are_held_out(trained):
     words = {" ".join(sample.split()[:2]) for sample in shown}
     assert len(shown) == 2 and len(words) == 1
     assert words.pop() in " ".join(corpus.tokenizer.decode(corpus.val_ids.tolist()).split())
-
-
-@pytest.mark.parametrize(
-    ("documents", "words"),
-    [
-        (["The hen slept. It was so late! \nNobody came, nobody. " * 9] * 2,
-         ("It was so", "Nobody came, nobody.", "The hen slept.")),
-        (["一二三四五六七八九十百千" * 40] * 2, None),
-        (["x"] * 2, ("x",)),
-        (["\n\n \n"] * 2, ("",)),
-    ],
-)  # fmt: skip
-def test_words_to_go_on_from_are_few_and_begin_a_sentence_where_one_begins(tmp_path, documents, words):
-    (tmp_path / "text").mkdir()
-    for number, text in enumerate(documents):
-        (tmp_path / "text" / f"{number}.txt").write_text(f"{number}{text}", encoding="utf-8")
-    corpus = prepare(tmp_path / "text", tmp_path / "data")
-    found = api._words_held_out(corpus)
-    assert len(found) <= api.SAMPLE_LETTERS
-    assert words is None or found.lstrip("01") in words
 
 
 def test_a_run_that_was_moved_goes_on_with_the_text_inside_it(trained, tmp_path):

@@ -20,12 +20,13 @@ from babyllama import api, cli, machine, terminal
 from babyllama.checkpoint.run import Run
 from babyllama.cli import app, main
 from babyllama.data import library
+from babyllama.data.corpus import Corpus
 from babyllama.data.documents import Document, Reading, read_file
 from babyllama.data.questions import Question
 from babyllama.errors import BabyLlamaError
 from babyllama.generate.engine import Token
 from babyllama.generate.sample import STRATEGIES
-from babyllama.terminal import TrainingScreen, printable
+from babyllama.terminal import TrainingScreen, command, printable
 from babyllama.text.tokenizer import Tokenizer
 from babyllama.train import loop
 from babyllama.train.loop import Started, Stepped
@@ -86,7 +87,8 @@ def test_train_shows_the_plan_the_scores_and_what_to_do_next(book, tmp_path, sai
     shown = said("train", book, "--out", out, "--steps", 6, *FAST, "--seed", 5, "--vocab-size", 300)
     for part in ("6 steps", "context 32", "bits per byte", "best so far", "Done after 6 steps"):
         assert part in shown
-    assert f"babyllama generate {out}" in shown
+    words = Corpus.open(out / "data").words_held_out()
+    assert command("babyllama", "generate", out, words) in shown.replace("\n", " ") and words[0].isalnum()
     plan = api.plan_from_json(Run(out).settings["plan"])
     assert (plan.steps, plan.seed, plan.context, plan.model.vocab_size) == (6, 5, 32, 300)
     assert Run(out).steps()[-1] == 6

@@ -79,6 +79,15 @@ class Corpus:
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
+    def words_held_out(self) -> str:
+        """Three words, at most 24 characters, from the middle of the held-out text; of a sentence's beginning if it can
+        be. A model that is given none writes the beginning of a document: titles, where the documents have titles.
+        """
+        middle = len(self.val_ids) // 2
+        text = self.tokenizer.decode(self.val_ids[middle : middle + 128].tolist())
+        start = re.search(r"[.!?]\s+(?=\w)", text) or re.search(r"\s+(?=\w)", text)
+        return " ".join(text[start.end() if start else 0 :].split()[:3])[:24]
+
     @staticmethod
     def stands_in(folder: str | Path) -> bool:
         """Whether there are prepared data in `folder`, intact or not. Cheap; `open` looks closer."""

@@ -810,3 +810,27 @@ def test_the_error_for_a_full_disk_names_the_folder(tmp_path: Path, monkeypatch:
         prepare(_folder(tmp_path, [_tale(n) for n in range(30)]), tmp_path / "out")
     assert error.value.code == "E401"
     assert [path.name for path in tmp_path.iterdir()] == ["tales"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "The hen slept. It was so late! \nNobody came, nobody. " * 9,
+            {"It was so", "Nobody came, nobody.", "The hen slept."},
+        ),
+        ("a hen and a cock " * 40, {"a hen and", "hen and a", "and a cock", "a cock a", "cock a hen"}),
+        ("一二三四五六七八九十" * 40, None),
+        ("x", {"x"}),
+        ("\n\n \n", {""}),
+    ],
+)
+def test_a_few_words_of_the_held_out_text_begin_a_sentence_where_one_begins(
+    tmp_path: Path, text: str, words: set[str] | None
+) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(2):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number}{text}", encoding="utf-8")
+    found = prepare(tmp_path / "text", tmp_path / "data").words_held_out()
+    assert len(found) <= 24
+    assert words is None or found.lstrip("01") in words
