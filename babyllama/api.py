@@ -476,7 +476,14 @@ class LoadedLlama:
     ) -> Answer:
         """What the model adds to ids. What is out of range is refused now, not when the first piece is asked for."""
         text = TextStream(self.tokenizer, stop)
-        tokens = generate(self.model, [ids], max_tokens=max_tokens, sampling=sampling, stop_ids=stop_ids)
+        tokens = generate(
+            self.model,
+            [ids],
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            vocab_size=self.tokenizer.vocab_size,
+        )
         return Answer(tokens, text, len(ids), left_out)
 
     @torch.inference_mode()

@@ -121,6 +121,7 @@ class BabyLlamaLM(LM):
             max_tokens=options.max_tokens,
             sampling=options.sampling,
             stop_ids=tokenizer.eos_ids,
+            vocab_size=tokenizer.vocab_size,
         )
         streams = [TextStream(tokenizer, options.until) for _ in prompts]
         texts = [""] * len(prompts)

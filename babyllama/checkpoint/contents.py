@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from babyllama.errors import InputError, UsageError
@@ -66,6 +68,19 @@ def check_ids(ids: int, config: Config) -> None:
 
 
 # ---- tensors -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its numbers stand one after the other from byte `begin` on. Equal ones are the same."""
+
+    shape: Shape
+    dtype: torch.dtype
+    begin: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def shapes(config: Config) -> dict[str, Shape]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from babyllama.checkpoint.contents import check_ids
+from babyllama.checkpoint.contents import check_ids, plain
 from babyllama.checkpoint.folder import new_folder, replace_file, replace_file_by_parts
 from babyllama.checkpoint.gguf import gguf_parts
 from babyllama.checkpoint.hf import model_files, text_files
@@ -50,7 +50,12 @@ def export(
     if tokenizer is not None:
         check_ids(tokenizer.vocab_size, config)
     for path in (out, beside):
-        if path.exists():
+        try:
+            there = path.exists()
+        except OSError as error:  # a name that no system has
+            found = f"cannot be written to ({error.strerror})"
+            raise MachineError("E403", plain(path), found, "choose another --out") from None
+        if there:
             fix = "choose another --out, or remove it first"
             raise MachineError("E403", path, "is there already, and nothing is written over it", fix)
     if to == "gguf":

@@ -7,14 +7,17 @@ library only.
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from babyllama.errors import InputError, MachineError
 
@@ -131,6 +134,7 @@ def replace_file_by_parts(path: Path, parts: Iterable[bytes]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         half_done.unlink(missing_ok=True)
+        _remove_left_over(path)
         _write_durably(half_done, parts)
         half_done.replace(path)
         sync(path.parent)
@@ -139,6 +143,33 @@ def replace_file_by_parts(path: Path, parts: Iterable[bytes]) -> None:
     finally:
         with contextlib.suppress(OSError):
             half_done.unlink(missing_ok=True)
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what killed programs left of `path`: hidden files that none has written to for a minute, and whose
+    program is gone."""
+    for left_over in path.parent.glob(f".tmp-{glob.escape(path.name)}-*"):
+        process = left_over.name.rpartition("-")[2]
+        with contextlib.suppress(OSError):
+            if (
+                process.isdecimal()
+                and left_over.stat().st_mtime < time.time() - 60
+                and not _runs(int(process))
+            ):
+                left_over.unlink()
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process; True where that cannot be asked (on Windows, os.kill would end it)."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def remove_folder(folder: Path) -> None:
@@ -181,7 +212,7 @@ def read_json(path: Path, code: str = "E206") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def opened(path: Path, code: str) -> Iterator[tuple[BinaryIO, int]]:
+def opened(path: Path, code: str) -> Iterator[tuple[BufferedReader, int]]:
     """A regular file to read, and its bytes; what could block or never end (a pipe, a device) is not opened.
 
     Raises InputError `code` when there is no such file, MachineError E403 when it may not be read.
@@ -198,6 +229,15 @@ def opened(path: Path, code: str) -> Iterator[tuple[BinaryIO, int]]:
         raise InputError(code, path, "is not a file", "give the path of a file")
     with os.fdopen(handle, "rb") as file:
         yield file, status.st_size
+
+
+def read_part(path: Path, begin: int, count: int, code: str) -> bytearray:
+    """`count` bytes from byte `begin` on; fewer where the file has become shorter. Raises what `opened` does."""
+    data = bytearray(count)
+    with opened(path, code) as (file, size):
+        file.seek(begin)
+        del data[file.readinto(data) if begin < size else 0 :]
+    return data
 
 
 def file_sha256(path: Path) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from babyllama.checkpoint.blocks import KINDS, Floats, Kind
 from babyllama.checkpoint.contents import Refuse, Shape, Weights, compare, config_from, plain, shapes
-from babyllama.checkpoint.folder import opened
+from babyllama.checkpoint.folder import opened, read_part
 from babyllama.checkpoint.hf import rename
 from babyllama.checkpoint.layout import halves_to_pairs, heads_of, pairs_to_halves
 from babyllama.errors import InputError, UsageError
@@ -74,9 +74,7 @@ class GGUF:
     def numbers(self, name: str) -> Floats:
         """A tensor in float32. Raises InputError E210 where the file has become shorter since it was opened."""
         stored = self.tensors[name]
-        with opened(self.path, code="E201") as (file, _):
-            file.seek(stored.begin)
-            data = file.read(stored.bytes)
+        data = read_part(self.path, stored.begin, stored.bytes, code="E201")
         if len(data) < stored.bytes:
             raise _error(self.path, f"ends inside tensor {plain(name)}; it had been longer")
         return stored.kind.read(np.frombuffer(data, np.uint8)).reshape(stored.shape)
@@ -416,7 +414,8 @@ def gguf_parts(
             found = (
                 f"{name_} holds numbers up to {largest:.3g}, {stored.name} only up to {stored.largest:.3g}"
             )
-            raise UsageError("E105", "--type", found, "take f32" if kind == "bf16" else "take f32, or bf16")
+            holds = largest <= KINDS[TYPES["bf16"][0]].largest
+            raise UsageError("E105", "--type", found, "take f32, or bf16" if holds else "take f32")
         data = stored.write(weight.contiguous().numpy().reshape(-1))
         yield data.ljust(_padded(len(data)), b"\0")
 

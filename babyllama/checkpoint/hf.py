@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from babyllama.checkpoint.contents import Shape, Weights, compare, config_from, number, plain, shapes
-from babyllama.checkpoint.folder import opened, read_json
+from babyllama.checkpoint.contents import Stored, Weights, compare, config_from, number, plain, shapes
+from babyllama.checkpoint.folder import opened, read_json, read_part
 from babyllama.errors import InputError
 from babyllama.model import Config, Llama, RopeScaling
-from babyllama.text.tokenizer import Tokenizer
+from babyllama.text.tokenizer import GENERATION, Tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights in several files: which tensor is in which
-DTYPES = ("F32", "F16", "BF16", "F64")  # that weights may be stored in
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 LONGEST_HEADER = 2 * 2**20  # bytes of JSON; a Llama of 126 layers has 0.15 MB
 MOST_SHARDS = 1000
 
@@ -176,15 +175,13 @@ def model_files(config: Config, weights: Mapping[str, Tensor], tokenizer: Tokeni
 
 
 def text_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The tokenizer's files, and the generation_config.json, in which every token that ends a text stands."""
-    generation = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": _one_or_list(tokenizer),
-        "do_sample": True,
-        "temperature": 0.8,
-        "top_p": 0.95,
-    }
-    return {"generation_config.json": json.dumps(generation, indent=2).encode(), **tokenizer.files()}
+    """The tokenizer's files, and the generation_config.json: the one that it came with, or what we recommend; in both,
+    every token that ends a text."""
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": _one_or_list(tokenizer)}
+    generation = tokenizer.generation
+    if generation.keys() <= ends.keys():
+        generation = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+    return {GENERATION: json.dumps({**generation, **ends}, indent=2).encode(), **tokenizer.files()}
 
 
 def read_model(folder: Path, weights: Path | None = None) -> tuple[Config, Weights]:
@@ -200,31 +197,23 @@ def read_model(folder: Path, weights: Path | None = None) -> tuple[Config, Weigh
     files = _files(folder)
     if weights is not None and weights not in files:
         files = [weights]
-    found: dict[str, tuple[Path, Shape]] = {}
+    found: dict[str, tuple[Path, Stored]] = {}
     for path in files:
-        for name, shape in _header(path).items():
+        for name, stored in _header(path).items():
             if name in found:
                 raise _damaged(path, f"holds {plain(name)}, which {found[name][0].name} holds too")
-            found[name] = path, shape
+            found[name] = path, stored
     where = files[0] if len(files) == 1 else folder
     expected = {rename(name): shape for name, shape in shapes(config).items()}
-    there = {name: shape for name, (_, shape) in found.items() if not _needless(name, config)}
+    there = {name: stored.shape for name, (_, stored) in found.items() if not _needless(name, config)}
     compare(there, expected, where, "config.json")
 
-    mapped: dict[Path, tuple[Any, int]] = {}
-    for path in files:
-        try:  # what the headers do not tell: that they and the files' sizes agree
-            mapped[path] = safe_open(path, framework="pt"), path.stat().st_size
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, f"is not a whole safetensors file ({error})") from None
-
     def read(name: str) -> Tensor:
-        theirs = rename(name)
-        path, _ = found[theirs]
-        file, size = mapped[path]
-        if path.exists() and path.stat().st_size != size:  # reading on could end the process
-            raise _damaged(path, "was changed while it was read")
-        return file.get_tensor(theirs)
+        path, stored = found[rename(name)]
+        data = read_part(path, stored.begin, stored.bytes, code="E205")
+        if len(data) < stored.bytes:
+            raise _damaged(path, f"ends inside {name}; it had been longer")
+        return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)
 
     return config, Weights(config, read, where)
 
@@ -271,10 +260,9 @@ def _inside(folder: Path, name: str) -> bool:
         return False
 
 
-def _header(path: Path) -> dict[str, Shape]:
-    """Names and shapes of the tensors in a safetensors file, whose numbers may only be of some kinds.
+def _header(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, whose numbers may only be of some kinds, and fill it without gap or overlap.
 
-    Read here besides the library, which takes the last of two entries of one name, and headers of 100 MB.
     Source: https://huggingface.co/docs/safetensors
     """
     with opened(path, code="E205") as (file, size):
@@ -296,19 +284,34 @@ def _header(path: Path) -> dict[str, Shape]:
         raise
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"has a header that is not JSON ({str(error)[:100]})") from None
-    shapes: dict[str, Shape] = {}
+    tensors: dict[str, Stored] = {}
     for name, entry in header.items() if isinstance(header, dict) else [("", None)]:
         if name == "__metadata__":
             continue
         entry = entry if isinstance(entry, dict) else {}
-        shape = entry.get("shape")
+        shape, offsets = entry.get("shape"), entry.get("data_offsets")
         if not isinstance(shape, list) or not all(type(each) is int and 0 <= each < 2**48 for each in shape):
             raise _damaged(path, f"has no shape for {plain(name)} in its header")
         if entry.get("dtype") not in DTYPES:
             known = ", ".join(DTYPES)
             raise _damaged(path, f"holds {plain(name)} as {plain(entry.get('dtype'))}; known are {known}")
-        shapes[name] = tuple(shape)
-    return shapes
+        if not isinstance(offsets, list) or [type(each) for each in offsets] != [int, int]:
+            raise _damaged(path, f"does not say where {plain(name)} begins and ends")
+        stored = Stored(tuple(shape), DTYPES[entry["dtype"]], 8 + length + offsets[0])
+        if offsets[1] - offsets[0] != stored.bytes:
+            found = f"{offsets[1] - offsets[0]:,} bytes, its shape asks for {stored.bytes:,}"
+            raise _damaged(path, f"has for {plain(name)} {found}")
+        tensors[name] = stored
+    end = 8 + length
+    for name, stored in sorted(tensors.items(), key=lambda pair: (pair[1].begin, pair[1].bytes)):
+        if stored.begin != end:
+            raise _damaged(
+                path, f"has {plain(name)} at byte {stored.begin:,}, where the one before ends at {end:,}"
+            )
+        end += stored.bytes
+    if end != size:
+        raise _damaged(path, f"has {size:,} bytes, its header asks for {end:,}")
+    return tensors
 
 
 def _damaged(path: Path, found: str) -> InputError:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from babyllama.checkpoint.contents import LARGEST, Shape, Weights
-from babyllama.checkpoint.folder import opened
+from babyllama.checkpoint.folder import opened, read_part
 from babyllama.checkpoint.layout import halves_to_pairs, heads_of, pairs_to_halves
 from babyllama.errors import InputError, UsageError
 from babyllama.model import Config, rope_tables
@@ -57,9 +57,7 @@ def read_llama2c(path: str | Path) -> tuple[Config, Weights]:
 
     def read(name: str) -> Tensor:
         begin, shape = where[name]
-        with opened(path, code="E201") as (file, _):
-            file.seek(begin)
-            data = file.read(length := _bytes(shape, version, group))
+        data = read_part(path, begin, length := _bytes(shape, version, group), code="E201")
         if len(data) < length:
             _refuse(path, f"ends inside {name}; it had been longer", "copy or download it again")
         numbers = math.prod(shape)

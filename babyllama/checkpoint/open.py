@@ -21,7 +21,7 @@ AS_SAFETENSORS = "open it with transformers, and save it with save_pretrained, w
 NOT_A_MODEL = {  # how a file begins: what such a file is; a llama2.c file has two zeros behind two bytes of its width
     rb"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it with:  git lfs pull",
     rb"<[!?A-Za-z][^\0]": "is a page of HTML or XML, which a server sends instead of a file that it does not give",
-    rb'\{\s*"[^\0]': "is JSON; the weights lie beside it",
+    rb'\{\s*"': "is JSON; the weights lie beside it",
     rb"\x80[\x02-\x05][^\0]": "is a bare pickle, which is not read; torch.save has made zip archives since torch 1.6",
 }
 

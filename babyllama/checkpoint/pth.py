@@ -26,8 +26,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from babyllama.checkpoint.contents import Shape, plain
-from babyllama.checkpoint.folder import opened
+from babyllama.checkpoint.contents import Shape, Stored, plain
+from babyllama.checkpoint.folder import opened, read_part
 from babyllama.errors import InputError
 
 LONGEST_PICKLE = 2**19  # bytes; that of a Llama of 80 layers has 0.1 MB
@@ -45,19 +45,6 @@ REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 PARAMETER = ("torch._utils", "_rebuild_parameter")
 ORDERED = ("collections", "OrderedDict")
 KNOWN = {REBUILD, PARAMETER, ORDERED, *(("torch", name) for name in DTYPES)}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in the file: its numbers stand one after the other from byte `begin` on. Equal ones are the same."""
-
-    shape: Shape
-    dtype: torch.dtype
-    begin: int
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Archive:
@@ -88,9 +75,7 @@ class Archive:
     def tensor(self, name: str) -> Tensor:
         """The tensor, as it is stored. Raises InputError E212 where the file has become shorter since."""
         stored = self.tensors[name]
-        with opened(self.path, code="E201") as (file, _):
-            file.seek(stored.begin)
-            data = bytearray(file.read(stored.bytes))
+        data = read_part(self.path, stored.begin, stored.bytes, code="E201")
         if len(data) < stored.bytes:
             raise self.error(f"ends inside tensor {plain(name)}; it had been longer")
         return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)

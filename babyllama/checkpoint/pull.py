@@ -10,13 +10,16 @@ from typing import Any
 
 from babyllama.checkpoint.contents import plain
 from babyllama.checkpoint.folder import new_folder, refused
-from babyllama.checkpoint.hf import model_files, read_config
+from babyllama.checkpoint.hf import has_weights, model_files, read_config
 from babyllama.checkpoint.open import open_llama
 from babyllama.errors import BabyLlamaError, InputError, MachineError
 from babyllama.packages import Download, Package, cache_folder, open_package, sha256
 
 # What a Llama's folder on the hub may hold that is of use here; never code, never pickles.
 FILES_OF_A_MODEL = ("*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja")
+ANOTHER_FILE = (
+    "take another repository; or download a .gguf, or the whole folder, from there, and give its path"
+)
 ON_THE_HUB = re.compile(r"hub:([\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)  # as long as the hub lets names be
 
 
@@ -103,11 +106,23 @@ def _from_hub(repository: str, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pull-") as scratch:
             hub.hf_hub_download(repository, "config.json", local_dir=scratch)
-            read_config(Path(scratch) / "config.json")  # before gigabytes of something else are fetched
-            hub.snapshot_download(
-                repository, local_dir=scratch, allow_patterns=list(FILES_OF_A_MODEL), ignore_patterns=["*/*"]
-            )
-            open_llama(scratch).tokenizer()
+            try:
+                read_config(Path(scratch) / "config.json")  # before gigabytes of something else are fetched
+                hub.snapshot_download(
+                    repository,
+                    local_dir=scratch,
+                    allow_patterns=list(FILES_OF_A_MODEL),
+                    ignore_patterns=["*/*"],
+                )
+                if not has_weights(Path(scratch)):
+                    found = "holds no safetensors, which alone are fetched"
+                    raise InputError("E201", scratch, found, ANOTHER_FILE)
+                open_llama(scratch).tokenizer()
+            except InputError as error:  # of a path that will soon be gone
+                where, found = (
+                    text.replace(scratch, f"hub:{repository}") for text in (str(error.where), error.found)
+                )
+                raise InputError(error.code, where, found, ANOTHER_FILE) from None
             with new_folder(folder, {"from": f"hub:{repository}"}) as half_done:
                 for path in Path(scratch).iterdir():
                     if path.is_file() and path.name != "manifest.json":
@@ -130,6 +145,8 @@ def _of_hub(repository: str, error: Exception) -> MachineError:
     if kind == "GatedRepoError":
         fix = f"accept its terms at https://huggingface.co/{repository}, then sign in once:  hf auth login"
         return MachineError("E405", where, "asks you to accept its terms first", fix)
+    if kind in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+        return MachineError("E405", where, "holds no config.json, and so no folder of a Llama", ANOTHER_FILE)
     if kind == "RepositoryNotFoundError":
         found = "is not on the Hugging Face hub, or is private"
         return MachineError("E405", where, found, "check the name, or sign in once:  hf auth login")

@@ -63,6 +63,7 @@ def generate(
     max_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     stop_ids: Set[int] = frozenset(),
+    vocab_size: int | None = None,
     prefill_chunk: int = 256,
     max_len: int | None = None,
     streams: Sequence[int] | None = None,
@@ -73,6 +74,7 @@ def generate(
     prompts        token ids, with the BOS where the model wants one. Their lengths may differ.
     max_tokens     new tokens for each prompt, at most. 0 gives none.
     stop_ids       a row ends at any of these; the id itself is not yielded.
+    vocab_size     ids that may be chosen: those below. None: all; a tokenizer may know fewer than the model has rows.
     prefill_chunk  prompt tokens in one pass: bounds the memory, changes nothing else.
     max_len        prompt and new tokens together, at most; None: the model's max_seq_len.
     streams        the stream of random numbers for each prompt; None: its row. A prompt with the same seed and
@@ -89,6 +91,8 @@ def generate(
     limit = _whole("max_len", context if max_len is None else max_len, 1, context)
     _whole("max_tokens", max_tokens, 0)
     _whole("prefill_chunk", prefill_chunk, 1)
+    most = model.config.vocab_size
+    vocab_size = _whole("vocab_size", most if vocab_size is None else vocab_size, 1, most)
     for row, prompt in enumerate(prompts):
         where = "prompt" if len(prompts) == 1 else f"prompt {row}"
         _check_prompt(where, prompt, limit, model.config.vocab_size)
@@ -106,7 +110,7 @@ def generate(
         "length" if len(row) == end else None for row, end in zip(rows, ends, strict=True)
     ]
     return Generation(
-        _tokens(model, rows, ends, reasons, sampling, stop_ids, prefill_chunk, streams), reasons
+        _tokens(model, rows, ends, reasons, sampling, stop_ids, vocab_size, prefill_chunk, streams), reasons
     )
 
 
@@ -117,6 +121,7 @@ def complete(
     max_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008
     stop_ids: Set[int] = frozenset(),
+    vocab_size: int | None = None,
     prefill_chunk: int = 256,
     max_len: int | None = None,
     streams: Sequence[int] | None = None,
@@ -128,6 +133,7 @@ def complete(
         max_tokens=max_tokens,
         sampling=sampling,
         stop_ids=stop_ids,
+        vocab_size=vocab_size,
         prefill_chunk=prefill_chunk,
         max_len=max_len,
         streams=streams,
@@ -146,6 +152,7 @@ def _tokens(
     reasons: list[Reason | None],
     sampling: Sampling,
     stop_ids: Set[int],
+    vocab_size: int,
     prefill_chunk: int,
     streams: Sequence[int],
 ) -> Iterator[Token]:
@@ -170,9 +177,9 @@ def _tokens(
 
         while running := [row for row, reason in enumerate(reasons) if reason is None]:
             ids = sample(
-                logits[running],
+                logits[running, :vocab_size],
                 sampling,
-                None if seen is None else seen[running],
+                None if seen is None else seen[running, :vocab_size],
                 [streams[row] for row in running],
                 [lengths[row] for row in running],
             )

@@ -14,6 +14,7 @@ from babyllama.text.vocabularies import (
     BYTE,
     BYTES,
     CONTROL,
+    END_NAMES,
     GGUF_WORDS,
     NORMAL,
     UNKNOWN,
@@ -56,8 +57,7 @@ def to_gguf(tokenizer: Tokenizer, rows: int | None = None) -> dict[str, Any]:
         if UNKNOWN in types:
             held["unknown_token_id"] = types.index(UNKNOWN)
     held |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    for id in sorted(tokenizer.eos_ids - {tokenizer.eos_id}):
-        held.setdefault("eom_token_id" if made.tokens[id] == "<|eom_id|>" else "eot_token_id", id)
+    held |= made.ends()
     held["add_bos_token"] = tokenizer.puts_bos
     held["add_eos_token"] = False
     metadata = {f"tokenizer.ggml.{key}": value for key, value in held.items()}
@@ -84,6 +84,8 @@ def to_llama2c(tokenizer: Tokenizer, rows: int | None = None) -> bytes:
         made.refuse("its first tokens are not followed by 256 bytes, and then by ordinary tokens only")
     if not made.prefix:
         made.refuse("it puts no space before a text, as run.c always does")
+    if not tokenizer.puts_bos:
+        made.refuse("it puts no BOS before a text, as run.c always does")
     padding = [PADDING.format(id) for id in range(tokenizer.vocab_size, rows or 0)]
     scores = made.scores() + [PADDING_SCORE] * len(padding)
     named = ["<unk>", "\n<s>\n", "\n</s>\n", *made.spelled(" ")[3:], *padding]
@@ -104,7 +106,7 @@ class _Made:
     """
 
     def __init__(self, tokenizer: Tokenizer, target: str) -> None:
-        self.target = target
+        self.target, self.eos_id, self.eos_ids = target, tokenizer.eos_id, tokenizer.eos_ids
         self.layout: dict[str, Any] = json.loads(tokenizer.files()["tokenizer.json"])
         self.model: dict[str, Any] = self.layout["model"]
         added = {token["id"]: token for token in self.layout.get("added_tokens", [])}
@@ -113,7 +115,7 @@ class _Made:
         self.tokens = [names[id] for id in range(tokenizer.vocab_size)]
         self.types = [NORMAL] * len(self.tokens)
         for id, token in added.items():
-            self.types[id] = CONTROL if token["special"] else USER_DEFINED
+            self.types[id] = CONTROL if id in tokenizer.special_ids else USER_DEFINED
             if not token["special"] and (token["single_word"] or token["lstrip"] or token["rstrip"]):
                 self.refuse(f"it takes white space beside {token['content']!r} away")
         self.merges: list[tuple[str, str]] = [
@@ -166,6 +168,21 @@ class _Made:
                 self.space, self.prefix = "▁", scheme != "never"
             case _:
                 self.refuse("it treats white space in a way that only tokenizer.json can say")
+
+    def ends(self) -> dict[str, int]:
+        """Where a text ends besides at EOS. What has one of the END_NAMES is known by it, and needs no key."""
+        others = sorted(self.eos_ids - {self.eos_id})
+        known = [id for id in others if self.tokens[id] in END_NAMES]
+        others = [id for id in others if id not in known]
+        keys = ["eot_token_id", "eom_token_id"]
+        if len(others) > len(keys):
+            self.refuse(
+                f"besides at EOS it ends at {len(others)} tokens, and a GGUF has keys for {len(keys)}"
+            )
+        held = dict(zip(reversed(keys) if known else keys, others, strict=False))
+        for id in known:
+            held.setdefault("eom_token_id" if self.tokens[id] == "<|eom_id|>" else "eot_token_id", id)
+        return held
 
     def spelled(self, space: str) -> list[str]:
         """The tokens, with spaces written as the target writes them."""

@@ -187,6 +187,11 @@ def _check_template(step: object, where: object) -> None:
                     for piece in pieces
                     if piece is not None
                 ]
+                texts = [
+                    piece["Sequence"] for piece in single if isinstance(piece, dict) and "Sequence" in piece
+                ]
+                if len(texts) != 1:
+                    broken(where, f"its post_processor puts a text {len(texts)} times where it stood once")
                 if all(isinstance(name, str) and name in listed for name in names):
                     continue
         broken(where, "its post_processor puts a token around texts that it does not list")

@@ -51,7 +51,8 @@ EOS_NAMES = (EOS, "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")
 LARGEST_FILE = 32 * 2**20  # bytes; the tokenizer.json of Llama 3 has 9 or 17 MB
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-CONFIGS = (*FILES[1:], "generation_config.json")
+GENERATION, ADDED = "generation_config.json", "added_tokens.json"
+CONFIGS = (*FILES[1:], GENERATION)
 IN_A_FOLDER = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
 
 
@@ -66,6 +67,7 @@ class Tokenizer:
     puts_bos        whether other programs put BOS before a text, because tokenizer.json says so.
     chat_template   the jinja template that came with it, as it is (text/chat.py renders it); None: there is none.
     named_tokens    what the files call "bos_token", "eos_token" and so on; templates use these names.
+    generation      what a generation_config.json says that came with it.
 
     `decode(encode(text, bos=True)) == text` for every string, of tokenizers trained here and of llama2.c's;
     with a vocabulary from elsewhere, as far as its own normalisation and its bytes allow (SmolLM2 lacks some).
@@ -80,15 +82,20 @@ class Tokenizer:
         self.vocab_size = len(vocab)
         self.chat_template, self.named_tokens = _for_chats(files)
         names = {id: token for token, id in vocab.items() if id in added}
-        ordinary = (names[id] for id, special in added.items() if not special)
-        hidden = _control_tokens_not_called_so(ordinary, self.chat_template or "")
+        self.bos_id, self.eos_id, self.eos_ids = _ends(files, vocab, self.vocab_size, where)
+        self.generation = parse(files.get(GENERATION, b"{}"), GENERATION)
+        ends = {self.bos_id, *self.eos_ids}
+        hidden = {
+            name
+            for id, name in names.items()
+            if not added[id] and _is_control(name, id in ends, self.chat_template or "")
+        }
         self.special_names = {id: name for id, name in names.items() if added[id] or name in hidden}
         self.special_ids = frozenset(self.special_names)
         self._pieces = [b""] * self.vocab_size
         for token, id in vocab.items():
             if id not in self.special_ids:
                 self._pieces[id] = token.encode() if id in added else to_bytes(token)
-        self.bos_id, self.eos_id, self.eos_ids = _ends(files, vocab, self.vocab_size, where)
 
         self._files = {name: files[name] for name in FILES if name in files}
         self.sha256 = hashlib.sha256(data).hexdigest()
@@ -149,20 +156,37 @@ class Tokenizer:
         """A tokenizer.json, a tokenizer.model of SentencePiece or Llama 3, or the tokenizer.bin of llama2.c.
 
         They are told apart by content. In a folder, the first of `IN_A_FOLDER` that is there. BOS and EOS are those
-        that the file names, or tokenizer_config.json and generation_config.json beside a tokenizer.json, else those
-        of usual names. Raises InputError E310.
+        that the file names, or the CONFIGS beside a tokenizer.json or tokenizer.model, else those of usual names.
+        Raises InputError E310.
         """
         path = Path(path)
-        if path.is_dir():
+        if _is_folder(path):
             names = [name for name in IN_A_FOLDER if (path / name).is_file()]
             if not names:
                 broken(path, f"holds none of {', '.join(IN_A_FOLDER)}")
             path /= names[0]
         data = _read(path)
         files = _files_of(data, path)
-        if files["tokenizer.json"] is data:
+        model = path.name == "tokenizer.model"
+        if model or files["tokenizer.json"] is data:
             files |= {name: _read(path.with_name(name)) for name in CONFIGS if path.with_name(name).is_file()}
-        return cls(files, path)
+        tokenizer = cls(files, path)
+        if model:
+            tokenizer._lacks_none(path.with_name(ADDED), files)
+        return tokenizer
+
+    def _lacks_none(self, added: Path, files: Mapping[str, bytes]) -> None:
+        """Raises E310 where the files beside a tokenizer.model add tokens to it, as transformers did before it had
+        tokenizer.json."""
+        names = [*parse(_read(added), added).items()] if added.is_file() else []
+        listed = parse(files.get("tokenizer_config.json", b"{}"), added).get("added_tokens_decoder")
+        for id, token in listed.items() if isinstance(listed, dict) else ():
+            names.append((str(token.get("content") if isinstance(token, dict) else token), id))
+        for name, id in names:
+            if str(self._core.token_to_id(name)) != str(id):
+                found = f"lacks {name[:80]!r}, which the files beside it add to it"
+                fix = "make a tokenizer.json:  AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+                broken(added.with_name("tokenizer.model"), found, fix)
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of text; the names of control tokens inside it are ordinary characters. Raises E302."""
@@ -283,6 +307,13 @@ def _one_bos(bos: str, id: int) -> processors.TemplateProcessing:
 
 
 # Reading files, which may hold anything.
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # a name that no system has
+        broken(path, f"cannot be read: {error.strerror}")
 
 
 def _read(path: Path) -> bytes:
@@ -428,11 +459,17 @@ def _for_chats(files: Mapping[str, bytes]) -> tuple[str | None, dict[str, str]]:
         template = next(default, {}).get("template")
     if "chat_template.jinja" in files:
         template = files["chat_template.jinja"].decode("utf-8", "replace")
+    for text in (template, *named.values()):
+        if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+            broken("tokenizer_config.json", "holds half of a character (a lone surrogate)")
     return template if isinstance(template, str) else None, named
 
 
-def _control_tokens_not_called_so(names: Iterable[str], template: str) -> set[str]:
-    """Of added tokens that tokenizer.json does not call special, those in brackets that a chat template writes, such as
-    <|im_start|>, DeepSeek's <｜User｜> or <think>. If they were left as they are, a person could type them.
+def _is_control(name: str, ends: bool, template: str) -> bool:
+    """Whether an added token that tokenizer.json does not call special is one all the same: what begins or `ends` a
+    text, and what a chat template writes in the brackets of control tokens, as <|im_start|> or DeepSeek's <｜User｜>.
+    If it were left as it is, a person could type it. A <think> is text: it is shown, and templates cut it out.
     """
-    return {name for name in names if re.fullmatch(r"<.+>|\[.+\]", name) and name in template}
+    if ends:
+        return bool(re.fullmatch(r"<.+>|\[.+\]", name))
+    return name in template and bool(re.fullmatch(r"<[|｜].+[|｜]>|\[.+\]", name))

@@ -93,6 +93,32 @@ def test_every_shape_comes_back_from_every_format(
 COSTS = {"f32": 1e-5, "f16": 1e-3, "bf16": 1e-2, "q8_0": 3e-2, "q4_0": 0.4}
 
 
+def test_how_a_model_is_sampled_comes_along_and_one_that_says_nothing_is_given_a_way(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    llama, said = model(tokenizer, n_heads=6), {"temperature": 0.6, "repetition_penalty": 1.1}
+    for name, generation in (("told", said), ("not told", {})):
+        ids = {"eos_token_id": [tokenizer.eos_id, 4]}
+        held = {"generation_config.json": json.dumps({**generation, **ids}).encode()}
+        own = Tokenizer({**tokenizer.files(), **held})
+        out = export(llama.config, llama.state_dict(), own, tmp_path / name, to="hf")[0]
+        written = json.loads((out / "generation_config.json").read_text(encoding="utf-8"))
+        assert {key: written[key] for key in generation} == generation
+        assert written["eos_token_id"] == ids["eos_token_id"]
+        assert written["temperature"] == generation.get("temperature", 0.8)
+        assert written.get("do_sample") == (None if generation else True)
+
+
+def test_a_name_that_no_system_has_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    llama, name = model(tokenizer, n_heads=6), "a" * 300
+    with pytest.raises(MachineError) as caught:
+        export(llama.config, llama.state_dict(), tokenizer, tmp_path / name, to="hf")
+    assert caught.value.code == "E403"
+    with pytest.raises(InputError) as refused:
+        Tokenizer.load(tmp_path / name)
+    assert refused.value.code == "E310"
+
+
 @pytest.mark.parametrize(("kind", "bound"), COSTS.items())
 def test_smaller_numbers_cost_what_they_may(
     tmp_path: Path, tokenizer: Tokenizer, kind: str, bound: float

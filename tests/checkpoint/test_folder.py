@@ -3,6 +3,8 @@
 import errno
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -126,6 +128,24 @@ def test_a_replaced_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     monkeypatch.undo()
     replace_file(path, b"new")
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="whether a process runs is asked on POSIX alone")
+def test_what_killed_writers_left_of_a_file_goes_when_it_is_written_again(tmp_path):
+    path = tmp_path / "a[1].gguf"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left, running, fresh, other = (
+        tmp_path / name
+        for name in (f".tmp-{path.name}-{gone.pid}", f".tmp-{path.name}-{os.getppid()}",
+                     f".tmp-{path.name}-{2**40}", f".tmp-b.gguf-{gone.pid}")
+    )  # fmt: skip
+    for each in (left, running, fresh, other):
+        each.write_bytes(b"half")
+        os.utime(each, (1, 1))
+    os.utime(fresh)  # perhaps of another machine that writes to the same disk
+    replace_file(path, b"whole")
+    assert sorted(tmp_path.iterdir()) == sorted([path, running, fresh, other])
 
 
 def test_left_overs_of_a_killed_writer_are_swept(tmp_path):

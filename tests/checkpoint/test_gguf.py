@@ -411,6 +411,7 @@ def test_numbers_that_a_kind_cannot_hold_are_refused_with_one_that_can(tmp_path:
 def test_numbers_that_only_float32_can_hold_are_sent_there(tmp_path: Path) -> None:
     llama = model(**SHAPES["plain"])
     llama.layers[0].attention.wq.weight.data[3, 5] = 3.4e38
-    with pytest.raises(UsageError, match="BF16") as caught:
-        put(tmp_path / "a.gguf", llama, "bf16")
-    assert caught.value.fix == "take f32"
+    for kind in ("bf16", "f16", "q8_0"):
+        with pytest.raises(UsageError, match=r"wq\.weight") as caught:
+            put(tmp_path / "a.gguf", llama, kind)
+        assert caught.value.fix == "take f32"

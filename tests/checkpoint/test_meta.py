@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from weights import randomised
 
-from babyllama.checkpoint.meta import _scaled, meta_parts, read_meta
+from babyllama.checkpoint import meta
+from babyllama.checkpoint.meta import meta_parts, read_meta
 from babyllama.errors import InputError, UsageError
 from babyllama.model import Config, Llama, RopeScaling, rope_frequencies
 
@@ -215,10 +216,17 @@ def test_tensors_are_compared_with_the_sizes(tmp_path: Path) -> None:
     assert "output.weight is missing" in refusal(tmp_path, "E203")
 
 
-def test_rope_is_scaled_by_32_in_the_two_sizes_of_llama_3_2(tmp_path: Path) -> None:
+def test_rope_is_scaled_by_32_in_the_two_sizes_of_llama_3_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As transformers' config.json of the same weights has it; Meta's own code takes 8 (its issues 166 and 241)."""
-    for dim, layers, factor in ((2048, 16, 32.0), (3072, 28, 32.0), (4096, 32, 8.0), (2048, 28, 8.0)):
-        assert _scaled(dim, layers) == RopeScaling(kind="llama3", factor=factor)
+    assert {(2048, 16), (3072, 28)} == meta.LLAMA_3_2
+    monkeypatch.setattr(meta, "LLAMA_3_2", {(96, 2)})  # a small one in their place
+    for dim, layers, factor in ((96, 2, 32.0), (96, 1, 8.0), (48, 2, 8.0)):
+        scaling = RopeScaling(kind="llama3", factor=factor)
+        llama = model(n_heads=6, dim=dim, n_layers=layers, rope_theta=5e5, rope_scaling=scaling)
+        config, _ = read_meta(put(tmp_path / f"{dim} {layers}", llama))
+        assert config.rope_scaling == scaling
 
 
 def test_what_the_format_has_no_place_for_is_refused_with_the_reason() -> None:

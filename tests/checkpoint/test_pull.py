@@ -16,7 +16,7 @@ from babyllama.checkpoint import pull as module
 from babyllama.checkpoint.gguf import gguf_parts
 from babyllama.checkpoint.hf import model_files
 from babyllama.checkpoint.open import open_llama
-from babyllama.checkpoint.pull import MODELS, Carrier, place_of, pull
+from babyllama.checkpoint.pull import FILES_OF_A_MODEL, MODELS, Carrier, place_of, pull
 from babyllama.errors import BabyLlamaError, InputError, MachineError
 from babyllama.model import Config, Llama
 from babyllama.text.export import to_gguf
@@ -163,6 +163,10 @@ class RepositoryNotFoundError(OSError):
     pass
 
 
+class RemoteEntryNotFoundError(Exception):
+    pass
+
+
 def hub(monkeypatch: pytest.MonkeyPatch, snapshot_download: Any) -> None:
     stand_in = types.ModuleType("huggingface_hub")
     stand_in.snapshot_download = snapshot_download  # type: ignore[attr-defined]
@@ -182,7 +186,7 @@ def test_a_model_of_the_hub_is_checked_before_it_gets_its_name(
     ) -> None:
         assert repository == "owner/name"
         assert not [pattern for pattern in allow_patterns if "py" in pattern or "bin" in pattern]
-        asked.append(allow_patterns)
+        asked.append((allow_patterns, ignore_patterns))
         for name, content in model_files(llama.config, llama.state_dict(), tokenizer).items():
             if any(fnmatch(name, pattern) for pattern in allow_patterns):
                 (Path(local_dir) / name).write_bytes(content)
@@ -190,6 +194,7 @@ def test_a_model_of_the_hub_is_checked_before_it_gets_its_name(
     hub(monkeypatch, download)
     folder = pull("hub:owner/name", tmp_path)
     assert open_llama(folder).config == llama.config
+    assert asked == [(["config.json"], []), (list(FILES_OF_A_MODEL), ["*/*"])]
     monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
     assert api.find("hub:owner/name") == folder
 
@@ -202,13 +207,31 @@ def test_a_model_of_the_hub_is_checked_before_it_gets_its_name(
     with pytest.raises(BabyLlamaError) as caught:
         pull("hub:owner/other", tmp_path)
     assert caught.value.code == "E202"
+    assert caught.value.where.startswith("hub:owner/other/config.json")
     assert asked == [["config.json"]], "nothing else was fetched"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(("lacks", "code"), [("model.safetensors", "E201"), ("tokenizer.json", "E310")])
+def test_what_a_repository_of_the_hub_lacks_is_told_by_its_name(
+    tmp_path: Path, llama: Llama, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, lacks: str, code: str
+) -> None:
+    def download(repository: str, local_dir: str, *patterns: list[str], **options: list[str]) -> None:
+        for name, content in model_files(llama.config, llama.state_dict(), tokenizer).items():
+            if name != lacks:
+                (Path(local_dir) / name).write_bytes(content)
+
+    hub(monkeypatch, download)
+    with pytest.raises(BabyLlamaError) as caught:
+        pull("hub:owner/name", tmp_path)
+    assert (caught.value.code, caught.value.where) == (code, "hub:owner/name")
+    assert str(tmp_path) not in str(caught.value)
 
 
 ERRORS = {
     "hf auth login": GatedRepoError("403"),
     "check the name": RepositoryNotFoundError("404"),
+    "download a .gguf": RemoteEntryNotFoundError("404: config.json"),
     "check the network": ConnectionError("no route"),
     "copy the model's folder": ValueError("Repo id must be in the form"),
 }

@@ -112,6 +112,17 @@ def test_the_repetition_penalty_counts_the_prompt_and_the_new_tokens(random_llam
     assert len(set(whole)) == len(whole) == 83
 
 
+def test_ids_beyond_the_tokenizer_are_never_chosen(random_llama: Make) -> None:
+    """A model may have more rows than its tokenizer has ids."""
+    model = random_llama()
+    few = Sampling(temperature=5, repetition_penalty=1.5)
+    (completion,) = complete(model, [[1, 9]], max_tokens=60, sampling=few, vocab_size=7)
+    assert set(completion.ids) == set(range(7))
+    with pytest.raises(UsageError) as caught:
+        generate(model, [[1]], max_tokens=1, vocab_size=model.config.vocab_size + 1)
+    assert caught.value.where == "vocab_size"
+
+
 # ---- streaming -----------------------------------------------------------------------------------
 
 

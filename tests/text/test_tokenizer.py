@@ -465,6 +465,16 @@ def _replaced(literal: str, content: str) -> dict[str, object]:
     return {"type": "Replace", "pattern": {"String": literal}, "content": content}
 
 
+AROUND = {  # of tokens that are put around a text, the text left out
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {
+        "<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [0], "tokens": ["<|begin_of_text|>"]}
+    },
+}
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [
@@ -511,6 +521,8 @@ def _replaced(literal: str, content: str) -> dict[str, object]:
         ({"model": {"vocab": {"\ud800": 0}, "merges": []}}, "no text"),
         ({"post_processor": {"x": "y" * 2**20}}, "bytes besides"),
         ({"vocab": {}}, "in its model"),
+        ({"post_processor": AROUND}, "0 times"),
+        ({"post_processor": {**AROUND, "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2}}, "2 times"),
     ],
 )
 def test_a_tokenizer_json_that_no_llama_has_is_e310(
@@ -622,3 +634,13 @@ def test_the_tokenizer_needs_neither_torch_nor_numpy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "aa\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "beside", [{"chat_template": "a\ud800"}, {"eos_token": "\udfff", "x_token": "\ud800"}]
+)
+def test_half_a_character_beside_a_tokenizer_is_e310(ours: Tokenizer, beside: dict[str, str]) -> None:
+    config = {**json.loads(ours.files()["tokenizer_config.json"]), **beside}
+    with pytest.raises(InputError, match="half of a character") as error:
+        Tokenizer({**ours.files(), "tokenizer_config.json": json.dumps(config).encode()})
+    assert error.value.code == "E310"

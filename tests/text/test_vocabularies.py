@@ -722,6 +722,58 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(ours: Tokenizer) 
         assert found in error.found
 
 
+def ending_at(tokenizer: Tokenizer, ends: list[int]) -> Tokenizer:
+    """The same tokenizer with these end tokens; the first of them ends documents."""
+    held = {"generation_config.json": json.dumps({"eos_token_id": ends}).encode()}
+    return Tokenizer({**tokenizer.files(), **held})
+
+
+@pytest.mark.parametrize("ends", [[1], [1, 4], [1, 2, 4], [1, 2, 3], [1, 2, 3, 4]])
+def test_a_gguf_holds_all_the_tokens_that_end_a_text(
+    ours: Tokenizer, tmp_path: Path, ends: list[int]
+) -> None:
+    """4 is <|eot_id|>, at which llama.cpp ends a text by its name, asked or not."""
+    tokenizer = ending_at(ours, ends)
+    assert through_gguf(tokenizer, tmp_path / "a.gguf").eos_ids == {*ends, 4}
+
+
+def test_more_ends_than_a_gguf_has_keys_for_are_refused(ours: Tokenizer) -> None:
+    error = code_of(lambda: to_gguf(ending_at(ours, [1, 0, 2, 3])))
+    assert error.code == "E310"
+    assert "3 tokens" in error.found
+
+
+def test_what_cannot_be_typed_here_cannot_be_typed_in_a_gguf(ours: Tokenizer) -> None:
+    plain = changed(
+        ours, lambda layout: [token.update(special=False) for token in layout["added_tokens"][2:]]
+    )
+    template = {"chat_template.jinja": b"{{ '<|start_header_id|>' }}"}
+    types = to_gguf(Tokenizer({**plain.files(), **template}))["tokenizer.ggml.token_type"]
+    assert types[:5] == [3, 3, 3, 4, 4]  # 4: the others are found in any text
+
+
+def test_what_stands_beside_a_tokenizer_model_is_read(sentencepiece: Any, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(sentencepiece))
+    config = {
+        "chat_template": "{{ a }}",
+        "eos_token": "</s>",
+        "added_tokens_decoder": {"1": {"content": "<s>"}},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5]}', encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.chat_template, tokenizer.eos_ids) == ("{{ a }}", {2, 5})
+    for name, content in (
+        ("tokenizer_config.json", {"added_tokens_decoder": {"900": {"content": "<|im_end|>"}}}),
+        ("added_tokens.json", {"<|im_end|>": 900}),
+        ("added_tokens.json", {"<s>": 2}),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+        error = code_of(lambda: Tokenizer.load(tmp_path))
+        assert error.code == "E310" and "lacks" in error.found and "save_pretrained" in error.fix
+
+
 def test_every_way_to_cut_words_has_one_name_in_a_gguf(ours: Tokenizer) -> None:
     for name, (words, whole) in GGUF_WORDS.items():
         tokenizer = Tokenizer(from_gguf(gpt2_metadata(pre=name), "x"), "x")
@@ -773,6 +825,7 @@ def test_what_llama2c_cannot_hold_is_refused_with_the_reason(ours: Tokenizer, se
         (Tokenizer(from_sentencepiece(squeezed, "x"), "x"), "only tokenizer.json can say"),
         (Tokenizer(from_sentencepiece(last, "x"), "x"), "not <unk>, BOS and EOS"),
         (Tokenizer(from_gguf(more, "x"), "x"), "ordinary tokens only"),
+        (Tokenizer(from_gguf(spm_metadata(add_bos_token=False), "x"), "x"), "no BOS before a text"),
     ):
         error = code_of(lambda tokenizer=tokenizer: to_llama2c(tokenizer))
         assert error.code == "E310"

@@ -37,7 +37,7 @@ import torch
 from forks import Tally, ended, fork, main
 
 from babyllama.checkpoint.gguf import GGUF, gguf_parts
-from babyllama.checkpoint.hf import INDEX, WEIGHTS, model_files, rename
+from babyllama.checkpoint.hf import INDEX, WEIGHTS, model_files, rename, text_files
 from babyllama.checkpoint.llama2c import llama2c_parts
 from babyllama.checkpoint.meta import NAMES, PARAMS, meta_parts
 from babyllama.checkpoint.open import open_llama
@@ -46,6 +46,7 @@ from babyllama.model import Config, Llama
 from babyllama.text.export import to_gguf, to_llama2c
 from babyllama.text.tokenizer import Tokenizer
 
+SMALL = Config(vocab_size=9, dim=8, n_layers=1, n_heads=2, hidden_dim=8, max_seq_len=16)
 TEXT = "It was the ducklings' first summer; 1, 22, 333 of them. Größe 😀\n" * 9
 LONGEST = 1.0  # processor seconds to open one file; tokens of a text are encoded within it too
 HANGS = 60  # seconds after which a case is ended
@@ -125,14 +126,16 @@ def tokenizer_of_folder(path: Path) -> None:
 def encode(tokenizer: Tokenizer) -> None:
     """And write it as other programs keep it, which they may have no place for."""
     tokenizer.decode(tokenizer.encode(TEXT[:80], bos=True))
-    for write in (to_gguf, to_llama2c):
-        with contextlib.suppress(InputError):
-            write(tokenizer)
+    text_files(tokenizer)
+    with contextlib.suppress(InputError):
+        next(gguf_parts(SMALL, {}, to_gguf(tokenizer)))  # all that stands before the numbers
+    with contextlib.suppress(InputError):
+        to_llama2c(tokenizer)
 
 
 def targets(folder: Path) -> list[Target]:
     """A small model, and vocabularies, in every format."""
-    config = Config(vocab_size=9, dim=8, n_layers=1, n_heads=2, hidden_dim=8, max_seq_len=16)
+    config = SMALL
     model = Llama(config, seed=1).state_dict()
     tokenizer = Tokenizer.train([TEXT], 280)
     native = model_files(config, model, tokenizer)

@@ -33,6 +33,7 @@ def this_machine(monkeypatch):
     monkeypatch.setattr(machine, "measure_precision", lambda device: Precision("float32", 1e11, 0.0))
     monkeypatch.setattr(machine, "best_device", lambda: "cpu")
     monkeypatch.setattr(machine, "physical_cores", lambda: 2)
+    monkeypatch.setattr(machine, "logical_cores", lambda: 2)
     monkeypatch.setattr(machine, "memory", lambda: (2**36, 2**36))
 
 
