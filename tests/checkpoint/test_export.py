@@ -78,6 +78,7 @@ def test_every_shape_comes_back_from_every_format(
     written = export(llama.config, llama.state_dict(), own, out, **way)
     assert written[0] == out
     verdict = verify(llama.config, llama.state_dict(), own, out, to=to)
+    print(f"{name}, {to}, {verdict}")
     assert verdict.relative <= 1e-5
     assert verdict.largest <= 1e-4
     if own is not None:
@@ -126,6 +127,7 @@ def test_smaller_numbers_cost_what_they_may(
     llama = model(tokenizer, **SHAPES["6 heads, 2 keys"])
     out = export(llama.config, llama.state_dict(), tokenizer, tmp_path / "a.gguf", to="gguf", kind=kind)[0]
     verdict = verify(llama.config, llama.state_dict(), tokenizer, out, to="gguf", kind=kind)
+    print(f"{kind}, {verdict}")
     assert verdict.relative <= bound
     assert (verdict.relative > 1e-6) == (kind != "f32")
     assert verdict.bits is not None and abs(verdict.bits[1] - verdict.bits[0]) < 0.02
