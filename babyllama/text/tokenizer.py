@@ -384,9 +384,10 @@ def _core(data: bytes, layout: Layout, where: object) -> Core:
     for id, token in names.items():
         if core.token_to_id(token) != id:
             broken(where, f"added token {token!r} has id {id}, but gets {core.token_to_id(token)}")
-    control = [token for id, token in names.items() if layout.added[id]]
-    for token, encoding in zip(control, core.encode_batch(control, add_special_tokens=False), strict=True):
-        if any(layout.added.get(id) for id in encoding.ids):
+    control = {id: token for id, token in names.items() if layout.added[id]}
+    encodings = core.encode_batch([*control.values()], add_special_tokens=False)
+    for token, encoding in zip(control.values(), encodings, strict=True):
+        if not control.keys().isdisjoint(encoding.ids):
             broken(where, f"a text that holds {token!r} would be encoded as a control token")
     return core
 

@@ -214,6 +214,9 @@ def from_sentencepiece(data: bytes, where: object) -> dict[str, bytes]:
     )
 
 
+FIXED_LENGTHS = {1: 8, 5: 4}  # bytes, by kind of field
+
+
 class _Protobuf:
     """The fields of a protobuf message: numbers as int, everything else as its bytes.
 
@@ -227,26 +230,32 @@ class _Protobuf:
     def fields(self, data: object) -> Iterator[tuple[int, Any]]:
         if not isinstance(data, bytes):
             self.broken("a number where a message belongs")
-        at = 0
-        while at < len(data):
+        at, end = 0, len(data)
+        while at < end:
             self.left -= 1
             if self.left < 0:
                 self.broken(f"more than {MOST_FIELDS} fields")
-            tag, at = self.varint(data, at)
+            tag = data[at]
+            if tag < 0x80:  # nearly all are
+                at += 1
+            else:
+                tag, at = self.varint(data, at)
             kind = tag & 7
             if kind == 0:
                 value, at = self.varint(data, at)
                 yield tag >> 3, value
                 continue
-            length = {1: 8, 5: 4}.get(kind)
+            length = FIXED_LENGTHS.get(kind)
             if kind == 2:
                 length, at = self.varint(data, at)
-            if length is None or length > len(data) - at:
+            if length is None or length > end - at:
                 self.broken(f"a field of kind {kind} with length {length}: not SentencePiece, or cut")
             yield tag >> 3, data[at : at + length]
             at += length
 
     def varint(self, data: bytes, at: int) -> tuple[int, int]:
+        if at < len(data) and data[at] < 0x80:
+            return data[at], at + 1
         value = 0
         for n in range(10):
             if at + n >= len(data):
