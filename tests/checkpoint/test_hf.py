@@ -415,6 +415,49 @@ HEADERS = {
 }
 
 
+def moved(header, data):
+    """Two tensors of one size in the place of one."""
+    first, second = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+    return header, data
+
+
+def with_a_hole(header, data):
+    for entry in header.values():
+        entry["data_offsets"] = [8 + at for at in entry.get("data_offsets", [0, 0])]
+    return header, bytes(8) + data
+
+
+def shorter_by_one(header, data):
+    begin, end = header["model.norm.weight"]["data_offsets"]
+    header["model.norm.weight"]["data_offsets"] = [begin, end - 4]
+    return header, data
+
+
+LIES = {
+    "at byte": [moved, with_a_hole],
+    "its header asks for": [
+        lambda header, data: (header, data + b"\0"),
+        lambda header, data: (header, data[:-1]),
+    ],
+    "its shape asks for": [shorter_by_one],
+}
+
+
+@pytest.mark.parametrize(("found", "lie"), [(found, lie) for found, lies in LIES.items() for lie in lies])
+def test_a_header_in_which_all_is_a_llama_but_the_places_is_refused(tmp_path, tokenizer, found, lie):
+    ours = make(tokenizer, n_heads=6)
+    files = model_files(ours.config, ours.state_dict(), tokenizer)
+    length = int.from_bytes(files["model.safetensors"][:8], "little")
+    header = json.loads(files["model.safetensors"][8 : 8 + length])
+    header.pop("__metadata__")
+    header, data = lie(header, files["model.safetensors"][8 + length :])
+    put(tmp_path, {**files, "model.safetensors": safetensors(header, data)})
+    with pytest.raises(InputError, match=found) as caught:
+        read_model(tmp_path)
+    assert caught.value.code == "E205"
+
+
 @pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS.keys())
 def test_a_hostile_header_is_refused_at_once_and_in_little_memory(tmp_path, content):
     config = config_json(Config(vocab_size=9, dim=8, n_layers=1, n_heads=2))
