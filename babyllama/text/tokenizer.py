@@ -28,6 +28,7 @@ from babyllama.text.vocabularies import (
     LLAMA_3,
     LLAMA_3_1,
     LLAMA_3_WORDS,
+    LONGEST_PIECE,
     broken,
     dump,
     from_llama2c,
@@ -135,6 +136,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
+            max_token_length=LONGEST_PIECE,  # letters, each of which stands for a byte
             special_tokens=list(SPECIALS),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,

@@ -833,8 +833,8 @@ def test_a_few_words_of_the_held_out_text_begin_a_sentence_where_one_begins(
     tmp_path: Path, text: str, words: set[str] | None
 ) -> None:
     (tmp_path / "text").mkdir()
-    for number in range(2):
+    for number in range(20):
         (tmp_path / "text" / f"{number}.txt").write_text(f"{number}{text}", encoding="utf-8")
     found = prepare(tmp_path / "text", tmp_path / "data").words_held_out()
     assert len(found) <= 24
-    assert words is None or found.lstrip("01") in words
+    assert words is None or found.lstrip("0123456789") in words

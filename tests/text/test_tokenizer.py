@@ -265,6 +265,14 @@ def test_words_are_split_as_llama_3_splits_them() -> None:
     assert json.loads(tokenizer.files()["tokenizer.json"])["model"]["ignore_merges"] is True
 
 
+def test_a_text_that_repeats_itself_for_long_gives_no_token_that_nobody_reads() -> None:
+    """Chinese has no spaces: what is between two marks is one word."""
+    line = "".join(chr(0x4E00 + n) for n in range(300))
+    tokenizer = Tokenizer.train([line] * 9, 1500, exact=False)
+    assert 128 < max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)) <= 256
+    assert tokenizer.decode(tokenizer.encode(line)) == line
+
+
 def test_too_small_a_vocabulary_is_e304() -> None:
     with pytest.raises(InputError, match=f"--vocab-size {SMALLEST_VOCAB}") as error:
         Tokenizer.train(TEXTS, SMALLEST_VOCAB - 1)
