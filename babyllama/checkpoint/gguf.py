@@ -139,10 +139,9 @@ class _Reader:
         size = math.prod(shape) // kind.numbers * kind.bytes
         if offset % self.alignment:
             self.refuse(f"has tensor {plain(name)} at {offset:,}, no multiple of {self.alignment}")
-        if begin + offset + size > self.size:
-            self.refuse(
-                f"has {self.size:,} bytes; tensor {plain(name)} would end at {begin + offset + size:,}"
-            )
+        if (end := begin + offset + size) > self.size:
+            found = f"has {self.size:,} bytes; tensor {plain(name)} would end at {end:,}"
+            raise _error(self.path, found)
         return Stored(shape, kind, begin + offset, size)
 
     # ---- values ----------------------------------------------------------------------------------
