@@ -1073,7 +1073,7 @@ MUTANTS = [
            "extra = {ROPE: torch.from_numpy(_divisors(config))}", "extra = {}",
            "checkpoint/test_gguf.py::test_scaled_frequencies_stand_in_a_tensor_and_others_in_none"),
     Mutant("gguf: a tensor may end behind the file", "checkpoint/gguf.py",
-           "if begin + offset + size > self.size:", "if False:",
+           "if (end := begin + offset + size) > self.size:", "if False:",
            "checkpoint/test_gguf.py::test_a_hostile_file_is_refused_at_once_and_in_little_memory"),
     Mutant("blocks: halves rounded to even", "checkpoint/blocks.py",
            "np.trunc(scaled + np.copysign(np.float32(0.5), scaled))", "np.round(scaled)",
