@@ -80,6 +80,7 @@ def train(
     out: str | Path,
     minutes: int | float | None = None,
     steps: int | None = None,
+    tokens: int | str | None = None,
     size: str | None = None,
     device: str | None = None,
     seed: int = 1,
@@ -94,7 +95,7 @@ def train(
     """Train a Llama on `text` and return its run folder.
 
     text      a file, a folder, a named text ("fairy-tales", "shakespeare", "hub:NAME") or a folder of prepared data.
-    minutes   of wall clock; or `steps`; neither: 10 minutes.
+    minutes   of wall clock; or `steps`; or steps until so many `tokens` were seen, as "20M"; none of them: 10 minutes.
     size      parameters wished for, as "3M"; None: chosen for this text and this time.
     field, encoding, on_bad_text  how files are read, see data/documents.py; with vocab_size, not for prepared data.
     tell      hears of everything that happens: Planned, then the events of train/loop.py, an Outcome last.
@@ -104,7 +105,7 @@ def train(
     """
     began = time.perf_counter()
     out = Path(out)
-    check(minutes, steps, size, device, settings)
+    check(minutes, steps, tokens, size, device, settings)
     if not (out / RUN_JSON).exists():
         Run.refuse_taken(out)  # before a lock is left in a folder that is none of ours
     with locked(out):
@@ -133,6 +134,7 @@ def train(
             train_tokens=len(corpus.train_ids),
             minutes=minutes,
             steps=steps,
+            tokens=tokens,
             size=size,
             device=device,
             seed=seed,

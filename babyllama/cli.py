@@ -162,6 +162,9 @@ def train(
         float | None, typer.Option(help="Minutes of wall clock to train. Default: 10.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps to train, instead of minutes.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens to train on, as 20M, instead of minutes.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="Parameters, as 3M. Default: by text and time.")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this run, from its newest intact step.")
@@ -189,7 +192,15 @@ def train(
     from babyllama import api
 
     reading = _given(field=field, encoding=encoding, on_bad_text=on_bad_text)
-    run = _given(minutes=minutes, steps=steps, size=size, seed=seed, device=device, vocab_size=vocab_size)
+    run = _given(
+        minutes=minutes,
+        steps=steps,
+        tokens=tokens,
+        size=size,
+        seed=seed,
+        device=device,
+        vocab_size=vocab_size,
+    )
     if resume is not None:
         given = [*_given(TEXT=text, out=out, set=settings), *run, *reading]
         if given:
@@ -259,7 +270,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
             fix = "write it as --set learning_rate=0.001"
             raise UsageError("E101", f"--set {pair}", "is not of the form NAME=VALUE", fix)
         settings[name.strip()] = value.strip()
-    return check(None, None, None, None, settings)
+    return check(None, None, None, None, None, settings)
 
 
 # ---- data ----------------------------------------------------------------------------------------

@@ -141,6 +141,7 @@ def plan(
     train_tokens: int,
     minutes: int | float | None = None,
     steps: int | None = None,
+    tokens: int | str | None = None,
     size: str | None = None,
     device: str | None = None,
     seed: int = 1,
@@ -150,6 +151,7 @@ def plan(
 ) -> Plan:
     """The plan for a text of `text_bytes` and `train_tokens` on this machine.
 
+    minutes   of wall clock, or so many `steps`, or steps until so many `tokens` were seen, as "20M". None: 10 minutes.
     size      parameters wished for, as "3M" or "15m"; the nearest shape is taken. None: chosen by text and time.
     settings  fields of Plan that override what is chosen here.
     speed     of the device, where it was measured already.
@@ -158,9 +160,10 @@ def plan(
     Raises UsageError E101 (unknown setting), E102, E103; InputError E303 (less text than one row); MachineError E404
     (more than fits in memory).
     """
-    settings = check(minutes, steps, size, device, settings or {})
-    if minutes is None and steps is None:
-        minutes = 10.0
+    settings = check(minutes, steps, tokens, size, device, settings or {})
+    until = Until(0.0, steps or 0, 0.0 if tokens is None else parse_count("--tokens", tokens))
+    if not until.steps and not until.tokens:
+        until = Until(60.0 * (10 if minutes is None else minutes), 0, 0.0)
     device = device or machine.best_device()
     speed = speed or machine.measure_precision(device)
     precision = settings.pop("precision", speed.best)
@@ -180,17 +183,14 @@ def plan(
         dim, n_layers, n_heads = shape
         return Config(vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, max_seq_len=context)
 
-    seconds = 0.0 if steps is not None else 60.0 * (minutes or 0)
     common = {"seed": seed, "device": device, "precision": precision, "threads": threads}
     text = Text(text_bytes, train_tokens)
     plans = [
-        _for_model(
-            config(shape), text, seconds, steps, peak, used, {"context": context, **common, **settings}
-        )
+        _for_model(config(shape), text, until, peak, used, {"context": context, **common, **settings})
         for shape in SHAPES
     ]
     if size is not None:
-        wished = parse_size(size)
+        wished = parse_count("--size", size)
         chosen = min(plans, key=lambda one: abs(math.log(costs.parameters(one.model).total / wished)))
     else:
         fitting = [
@@ -205,6 +205,15 @@ def plan(
 
 
 @dataclass(frozen=True)
+class Until:
+    """What ends a run; one of them is above 0."""
+
+    seconds: float
+    steps: int
+    tokens: float
+
+
+@dataclass(frozen=True)
 class Text:
     """What of a text decides a plan."""
 
@@ -215,8 +224,7 @@ class Text:
 def _for_model(
     model: Config,
     text: Text,
-    seconds: float,
-    steps: int | None,
+    until: Until,
     peak: float,
     used: float,
     settings: dict[str, Any],
@@ -228,8 +236,11 @@ def _for_model(
     embedding and weight decay, which win there, and for the first weights, schedule, average and clip, which do not.
     """
     context, width = settings["context"], model.dim
-    bare = Plan(model=model, context=context, batch_size=1, seconds=seconds, steps=steps or 0, threads=1)
-    seen = _tokens(bare, peak, used)  # without Muon, which takes time of its own
+    steps, seconds = until.steps, until.seconds
+    seen = until.tokens
+    if not seen:  # without Muon, which takes time of its own
+        bare = Plan(model=model, context=context, batch_size=1, seconds=seconds, steps=steps, threads=1)
+        seen = _tokens(bare, peak, used)
     largest = LARGEST_STEP * width if settings["device"] == "cpu" else 2**16
     least = max(512, min(MUON_STEP * width, seen / FEWEST_STEPS))
     tokens_per_step = 2048 if steps else min(max(seen / STEPS, least), largest)
@@ -239,6 +250,8 @@ def _for_model(
     asked = {"accumulation": 1, **chosen, **settings}
     step = asked["batch_size"] * asked["accumulation"] * context  # tokens, of rows that were rounded
     enough = step >= 0.8 * MUON_STEP * width
+    if until.tokens:
+        steps = math.ceil(until.tokens / step)
     # Half of the law fitted for the OLMo models, 0.0047 · (N / 108M)^(-1/3), and at most 0.004 for the smallest
     rate = min(0.0047 * (costs.parameters(model).total / 108e6) ** (-1 / 3) / 2, 0.004)
     if settings.get("optimizer", "muon" if enough else "adamw") == "muon":
@@ -254,7 +267,7 @@ def _for_model(
         }
     else:
         chosen |= {"learning_rate": rate, "embedding_rate": 0.02 if asked["embedding_norm"] else rate}
-    plan = Plan(model=model, seconds=seconds, steps=steps or 0, **{**chosen, **settings})
+    plan = Plan(model=model, seconds=seconds, steps=steps, **{**chosen, **settings})
     again = math.log2(max(1.0, _epochs(plan, text, peak, used)))  # how often the passes were doubled
     care: dict[str, Any] = {
         "dropout": round(min(0.3, 0.1 * again), 2),
@@ -359,38 +372,40 @@ def _bits(plan: Plan, text: Text, peak: float, used: float, numbers: law.Law) ->
 def check(
     minutes: int | float | None,
     steps: int | None,
+    tokens: int | str | None,
     size: str | None,
     device: str | None,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """The settings as numbers; whatever is wrong with a request is said here, before any text is read.
 
-    Raises UsageError E101 (unknown setting or device), E102 (out of range), E103 (minutes and steps).
+    Raises UsageError E101 (unknown setting or device), E102 (out of range), E103 (two ends).
     """
-    if minutes is not None and steps is not None:
-        found = "either of them ends the run, and both are given"
-        raise UsageError("E103", "--minutes, --steps", found, "give one of them")
+    ends = {"--minutes": minutes, "--steps": steps, "--tokens": tokens}
+    if len(given := [name for name, value in ends.items() if value is not None]) > 1:
+        raise UsageError("E103", ", ".join(given), "each of them ends the run", "give one of them")
     for name, value in (("--minutes", minutes), ("--steps", steps)):
         if value is not None and not 0 < value < math.inf:
             raise UsageError("E102", name, f"is {value}, expected a number above 0", f"choose another {name}")
-    if size is not None:
-        parse_size(size)
+    for name, count in (("--size", size), ("--tokens", tokens)):
+        if count is not None:
+            parse_count(name, count)
     if device is not None:
         machine.require_device(device)
     return _typed(settings)
 
 
-def parse_size(text: str) -> float:
-    """Parameters in "260k", "3M", "1.5M" or "1B". Raises UsageError E102."""
+def parse_count(name: str, count: int | str) -> float:
+    """The number in 260000, "260k", "3M", "1.5M" or "1B". Raises UsageError E102."""
+    text = str(count)
     unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
     try:
         size = float(text[:-1]) * unit if unit else float(text)
     except ValueError:
         size = math.nan
     if not 0 < size < math.inf:
-        raise UsageError(
-            "E102", "--size", f"{text!r} is not a number of parameters", "write it as 500k, 3M or 1.5M"
-        )
+        of = "parameters" if name == "--size" else "tokens"
+        raise UsageError("E102", name, f"{text!r} is not a number of {of}", "write it as 500k, 3M or 1.5M")
     return size
 
 

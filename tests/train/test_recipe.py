@@ -17,7 +17,7 @@ from babyllama.train.recipe import (
     Plan,
     Text,
     forecast,
-    parse_size,
+    parse_count,
     plan,
     plan_from_json,
     plan_to_json,
@@ -103,6 +103,23 @@ def test_a_number_of_steps_does_not_depend_on_the_speed_of_the_machine(monkeypat
     monkeypatch.setattr(machine, "measure_precision", lambda device: Precision("float32", 1e9, 0.0))
     assert planned(steps=100) == before
     assert (before.steps, before.seconds) == (100, 0.0)
+
+
+@pytest.mark.parametrize("tokens", ["20M", 3_000_000, "100k", 1])
+def test_a_number_of_tokens_ends_the_run_at_the_step_that_reaches_it_on_any_machine(monkeypatch, tokens):
+    asked = parse_count("--tokens", tokens)
+    before = planned(tokens=tokens)
+    assert before.seconds == 0.0
+    assert asked <= before.steps * before.tokens_per_step < asked + before.tokens_per_step
+    monkeypatch.setattr(machine, "measure_precision", lambda device: Precision("float32", 1e9, 0.0))
+    assert planned(tokens=tokens) == before
+    larger = planned(tokens=tokens, settings={"batch_size": 2 * before.batch_size, "optimizer": "adamw"})
+    assert larger.steps == math.ceil(asked / larger.tokens_per_step)
+
+
+def test_more_tokens_are_for_a_larger_model_in_larger_steps():
+    few, many = planned(tokens="100k"), planned(tokens="10M")
+    assert parameters(many) > parameters(few) and many.tokens_per_step > few.tokens_per_step
 
 
 def test_small_models_learn_faster_and_none_faster_than_the_limit():
@@ -231,13 +248,13 @@ def test_between_two_shapes_the_nearer_ratio_decides():
      ("1e6", 1e6)],
 )  # fmt: skip
 def test_a_size_is_read_as_a_person_writes_it(text, number):
-    assert parse_size(text) == pytest.approx(number)
+    assert parse_count("--size", text) == pytest.approx(number)
 
 
 @pytest.mark.parametrize("text", ["", "M", "big", "0", "0M", "-3M", "nan", "inf", "3MM", "3 apples", "1,5M"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(BabyLlamaError) as caught:
-        parse_size(text)
+        parse_count("--size", text)
     assert caught.value.code == "E102"
 
 
