@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import time
@@ -42,6 +43,7 @@ def new_folder(folder: Path, facts: Mapping[str, Any] | None = None) -> Iterator
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(half_done, ignore_errors=True)
+        _remove_left_over(folder)
         half_done.mkdir()
         yield half_done
         files = {
@@ -146,17 +148,23 @@ def replace_file_by_parts(path: Path, parts: Iterable[bytes]) -> None:
 
 
 def _remove_left_over(path: Path) -> None:
-    """Remove what killed programs left of `path`: hidden files that none has written to for a minute, and whose
-    program is gone."""
+    """Remove what killed programs left of `path`: hidden files and folders, an hour old, whose program is gone."""
     for left_over in path.parent.glob(f".tmp-{glob.escape(path.name)}-*"):
-        process = left_over.name.rpartition("-")[2]
+        process = left_over.name.removeprefix(f".tmp-{path.name}-")
+        if not re.fullmatch("[0-9]{1,7}", process) or _runs(int(process)):  # no system counts further
+            continue
         with contextlib.suppress(OSError):
             if (
-                process.isdecimal()
-                and left_over.stat().st_mtime < time.time() - 60
-                and not _runs(int(process))
-            ):
-                left_over.unlink()
+                left_over.stat().st_mtime < time.time() - 3600
+            ):  # or it may be another machine's, on a shared disk
+                _remove(left_over)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:
@@ -183,10 +191,7 @@ def remove_folder(folder: Path) -> None:
 def sweep(parent: Path) -> None:
     """Remove what interrupted writes and removals left in `parent`. Only the holder of its lock may call this."""
     for left_over in [*parent.glob(".tmp-*"), *parent.glob(".del-*")]:
-        if left_over.is_dir():
-            shutil.rmtree(left_over, ignore_errors=True)
-        else:
-            left_over.unlink(missing_ok=True)
+        _remove(left_over)
 
 
 def read_json(path: Path, code: str = "E206") -> dict[str, Any]:

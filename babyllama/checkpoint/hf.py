@@ -24,6 +24,7 @@ INDEX = "model.safetensors.index.json"  # of weights in several files: which ten
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 LONGEST_HEADER = 2 * 2**20  # bytes of JSON; a Llama of 126 layers has 0.15 MB
 MOST_SHARDS = 1000
+MOST_AXES = 8  # of a tensor; a Llama's have two
 
 CONFIG_KEYS = {  # ours: theirs
     "vocab_size": "vocab_size",
@@ -292,10 +293,16 @@ def _header(path: Path) -> dict[str, Stored]:
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
         if not isinstance(shape, list) or not all(type(each) is int and 0 <= each < 2**48 for each in shape):
             raise _damaged(path, f"has no shape for {plain(name)} in its header")
-        if entry.get("dtype") not in DTYPES:
+        if len(shape) > MOST_AXES:
+            raise _damaged(path, f"has {len(shape):,} axes for {plain(name)}, at most {MOST_AXES} are read")
+        if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
             known = ", ".join(DTYPES)
             raise _damaged(path, f"holds {plain(name)} as {plain(entry.get('dtype'))}; known are {known}")
-        if not isinstance(offsets, list) or [type(each) for each in offsets] != [int, int]:
+        if (
+            not isinstance(offsets, list)
+            or [type(each) for each in offsets] != [int, int]
+            or not 0 <= offsets[0] <= offsets[1] <= size
+        ):
             raise _damaged(path, f"does not say where {plain(name)} begins and ends")
         stored = Stored(tuple(shape), DTYPES[entry["dtype"]], 8 + length + offsets[0])
         if offsets[1] - offsets[0] != stored.bytes:

@@ -11,7 +11,7 @@ from typing import Any
 from babyllama.checkpoint.contents import plain
 from babyllama.checkpoint.folder import new_folder, refused
 from babyllama.checkpoint.hf import has_weights, model_files, read_config
-from babyllama.checkpoint.open import open_llama
+from babyllama.checkpoint.open import AS_SAFETENSORS, open_llama
 from babyllama.errors import BabyLlamaError, InputError, MachineError
 from babyllama.packages import Download, Package, cache_folder, open_package, sha256
 
@@ -116,13 +116,20 @@ def _from_hub(repository: str, folder: Path) -> None:
                 )
                 if not has_weights(Path(scratch)):
                     found = "holds no safetensors, which alone are fetched"
-                    raise InputError("E201", scratch, found, ANOTHER_FILE)
+                    fix = f"take another repository; or download it by other means, and {AS_SAFETENSORS}"
+                    raise InputError("E201", scratch, found, fix)
                 open_llama(scratch).tokenizer()
             except InputError as error:  # of a path that will soon be gone
-                where, found = (
-                    text.replace(scratch, f"hub:{repository}") for text in (str(error.where), error.found)
+                where, found, fix = (
+                    text.replace(scratch, f"hub:{repository}")
+                    for text in (str(error.where), error.found, error.fix)
                 )
-                raise InputError(error.code, where, found, ANOTHER_FILE) from None
+                fix = (
+                    "pull it again; if that changes nothing, take another repository"
+                    if error.code == "E205"
+                    else fix
+                )
+                raise InputError(error.code, where, found, fix) from None
             with new_folder(folder, {"from": f"hub:{repository}"}) as half_done:
                 for path in Path(scratch).iterdir():
                     if path.is_file() and path.name != "manifest.json":

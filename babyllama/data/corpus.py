@@ -80,13 +80,16 @@ class Corpus:
         return self.tokenizer.vocab_size
 
     def words_held_out(self) -> str:
-        """Three words, at most 24 characters, from the middle of the held-out text; of a sentence's beginning if it can
-        be. A model that is given none writes the beginning of a document: titles, where the documents have titles.
+        """Up to three words of the held-out text, at most 24 characters: of a sentence's beginning, if one is there.
+
+        A model that is given none writes the beginning of a document: titles, where the documents have titles.
         """
         middle = len(self.val_ids) // 2
-        text = self.tokenizer.decode(self.val_ids[middle : middle + 128].tolist())
+        text = self.tokenizer.decode(self.val_ids[middle : middle + 128].tolist()).strip("\ufffd")
         start = re.search(r"[.!?]\s+(?=\w)", text) or re.search(r"\s+(?=\w)", text)
-        return " ".join(text[start.end() if start else 0 :].split()[:3])[:24]
+        words = text[start.end() if start else 0 :].split()[:3]
+        beginnings = [" ".join(words[:count]) for count in range(len(words), 0, -1)]
+        return next((each for each in beginnings if len(each) <= 24), "".join(words[:1])[:24])
 
     @staticmethod
     def stands_in(folder: str | Path) -> bool:

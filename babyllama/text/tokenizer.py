@@ -14,8 +14,9 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Core
@@ -52,7 +53,7 @@ EOS_NAMES = (EOS, "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")
 LARGEST_FILE = 32 * 2**20  # bytes; the tokenizer.json of Llama 3 has 9 or 17 MB
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-GENERATION, ADDED = "generation_config.json", "added_tokens.json"
+GENERATION, CONFIG, ADDED = "generation_config.json", "tokenizer_config.json", "added_tokens.json"
 CONFIGS = (*FILES[1:], GENERATION)
 IN_A_FOLDER = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
 
@@ -89,7 +90,7 @@ class Tokenizer:
         hidden = {
             name
             for id, name in names.items()
-            if not added[id] and _is_control(name, id in ends, self.chat_template or "")
+            if not added[id] and _is_control(name, names.values(), id in ends, self.chat_template or "")
         }
         self.special_names = {id: name for id, name in names.items() if added[id] or name in hidden}
         self.special_ids = frozenset(self.special_names)
@@ -168,27 +169,40 @@ class Tokenizer:
                 broken(path, f"holds none of {', '.join(IN_A_FOLDER)}")
             path /= names[0]
         data = _read(path)
-        files = _files_of(data, path)
         model = path.name == "tokenizer.model"
-        if model or files["tokenizer.json"] is data:
-            files |= {name: _read(path.with_name(name)) for name in CONFIGS if path.with_name(name).is_file()}
-        tokenizer = cls(files, path)
-        if model:
-            tokenizer._lacks_none(path.with_name(ADDED), files)
+        beside = _beside(path) if model else {}
+        config = parse(beside.get(CONFIG, b"{}"), CONFIG)
+        files = _files_of(data, path, puts_bos=config.get("add_bos_token") is not False)
+        if files["tokenizer.json"] is data:
+            return cls(files | (beside or _beside(path)), path)
+        if not model:
+            return cls(files, path)
+        # What a class of transformers is told there is no longer true of the tokenizer.json made here.
+        said = {key: value for key, value in config.items() if key == "chat_template" or _token(key, value)}
+        made = {CONFIG: dump({**parse(files[CONFIG], CONFIG), **said})}
+        tokenizer = cls(files | beside | made, path)
+        tokenizer._lacks_none(path, config)
         return tokenizer
 
-    def _lacks_none(self, added: Path, files: Mapping[str, bytes]) -> None:
-        """Raises E310 where the files beside a tokenizer.model add tokens to it, as transformers did before it had
-        tokenizer.json."""
+    def _lacks_none(self, path: Path, config: Mapping[str, Any]) -> None:
+        """Raises E310 where the files beside a tokenizer.model add tokens to it that begin or end texts, or that the
+        chat template writes. transformers kept them so before it had tokenizer.json."""
+        added = path.with_name(ADDED)
         names = [*parse(_read(added), added).items()] if added.is_file() else []
-        listed = parse(files.get("tokenizer_config.json", b"{}"), added).get("added_tokens_decoder")
+        listed = config.get("added_tokens_decoder")
         for id, token in listed.items() if isinstance(listed, dict) else ():
             names.append((str(token.get("content") if isinstance(token, dict) else token), id))
+        used = (
+            self.chat_template or "",
+            *(self.named_tokens.get(key, "") for key in ("bos_token", "eos_token")),
+        )
         for name, id in names:
-            if str(self._core.token_to_id(name)) != str(id):
-                found = f"lacks {name[:80]!r}, which the files beside it add to it"
+            there = self._core.token_to_id(name.encode("utf-8", "replace").decode())
+            if str(there) != str(id) and any(name in text for text in used):
                 fix = "make a tokenizer.json:  AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-                broken(added.with_name("tokenizer.model"), found, fix)
+                if path.with_name("tokenizer.json").is_file():
+                    fix = "give its folder, or the tokenizer.json in it"
+                broken(path, f"lacks {name[:80]!r}, which the files beside it add to it", fix)
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of text; the names of control tokens inside it are ordinary characters. Raises E302."""
@@ -332,8 +346,12 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _files_of(data: bytes, path: Path) -> dict[str, bytes]:
-    """The files of the tokenizer that data describes, whatever the file is called."""
+def _beside(path: Path) -> dict[str, bytes]:
+    return {name: _read(path.with_name(name)) for name in CONFIGS if path.with_name(name).is_file()}
+
+
+def _files_of(data: bytes, path: Path, puts_bos: bool) -> dict[str, bytes]:
+    """The files of the tokenizer that data describes, whatever the file is called; puts_bos is for SentencePiece."""
     start = data[:1000].lstrip().lower()
     if not start:
         broken(path, "is empty")
@@ -358,7 +376,7 @@ def _files_of(data: bytes, path: Path) -> dict[str, bytes]:
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\s", data[:1000]):
         return from_tiktoken(data, path, _names_of_llama_3(path))
     if data.startswith(b"\x0a"):
-        return from_sentencepiece(data, path)
+        return from_sentencepiece(data, path, puts_bos)
     broken(path, "is neither JSON nor SentencePiece, nor ranks in base64, nor a tokenizer of llama2.c")
 
 
@@ -446,6 +464,12 @@ def _ends(
     return begins[0], stops[0], frozenset(stops)
 
 
+def _token(key: str, value: object) -> str | None:
+    """The token that an entry of a tokenizer_config.json names, if it names one."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if key.endswith("_token") and isinstance(text, str) else None
+
+
 def _for_chats(files: Mapping[str, bytes]) -> tuple[str | None, dict[str, str]]:
     """The chat template, wherever newer and older programs keep it, and the tokens that have a name."""
     named: dict[str, str] = {}
@@ -453,8 +477,7 @@ def _for_chats(files: Mapping[str, bytes]) -> tuple[str | None, dict[str, str]]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # where they differ, the latter holds
         config = parse(files[name], name) if name in files else {}
         for key, value in config.items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(text, str):
+            if (text := _token(key, value)) is not None:
                 named[key] = text
         template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
@@ -468,11 +491,10 @@ def _for_chats(files: Mapping[str, bytes]) -> tuple[str | None, dict[str, str]]:
     return template if isinstance(template, str) else None, named
 
 
-def _is_control(name: str, ends: bool, template: str) -> bool:
-    """Whether an added token that tokenizer.json does not call special is one all the same: what begins or `ends` a
-    text, and what a chat template writes in the brackets of control tokens, as <|im_start|> or DeepSeek's <｜User｜>.
-    If it were left as it is, a person could type it. A <think> is text: it is shown, and templates cut it out.
+def _is_control(name: str, names: Collection[str], ends: bool, template: str) -> bool:
+    """Whether an added token that tokenizer.json does not call special is one all the same: in brackets, and it begins
+    or `ends` a text, or a chat template writes it, as <|im_start|> or DeepSeek's <｜User｜>. If it were left as it is,
+    a person could type it. What comes in pairs, <think> and </think>, is text: it is shown, and templates cut it out.
     """
-    if ends:
-        return bool(re.fullmatch(r"<.+>|\[.+\]", name))
-    return name in template and bool(re.fullmatch(r"<[|｜].+[|｜]>|\[.+\]", name))
+    other = "<" + name[2:] if name.startswith("</") else "</" + name[1:]
+    return bool(re.fullmatch(r"<.+>|\[.+\]", name)) and (ends or (name in template and other not in names))

@@ -156,8 +156,10 @@ def last_join(piece: Piece, rank: Callable[[Piece, Piece], float]) -> tuple[Piec
 # ---- pieces with scores: SentencePiece, llama2.c
 
 
-def from_sentencepiece(data: bytes, where: object) -> dict[str, bytes]:
+def from_sentencepiece(data: bytes, where: object, add_bos: bool = True) -> dict[str, bytes]:
     """A model of SentencePiece, as its own library encodes with it: BPE with byte fallback.
+
+    add_bos  whether other programs put BOS before a text, which is not said in the file.
 
     Raises E310, also for what no Llama has: other algorithms, characters that are changed before they are encoded,
     user-defined pieces.
@@ -211,6 +213,7 @@ def from_sentencepiece(data: bytes, where: object) -> dict[str, bytes]:
         ends=[eos],
         prefix=bool(normalizer.get(3, 1)),
         squeeze=bool(normalizer.get(4, 1)),
+        add_bos=add_bos,
     )
 
 

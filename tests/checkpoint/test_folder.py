@@ -138,7 +138,7 @@ def test_what_killed_writers_left_of_a_file_goes_when_it_is_written_again(tmp_pa
     left, running, fresh, other = (
         tmp_path / name
         for name in (f".tmp-{path.name}-{gone.pid}", f".tmp-{path.name}-{os.getppid()}",
-                     f".tmp-{path.name}-{2**40}", f".tmp-b.gguf-{gone.pid}")
+                     f".tmp-{path.name}-0{gone.pid}", f".tmp-{path.name}-b-{gone.pid}")
     )  # fmt: skip
     for each in (left, running, fresh, other):
         each.write_bytes(b"half")
@@ -146,6 +146,12 @@ def test_what_killed_writers_left_of_a_file_goes_when_it_is_written_again(tmp_pa
     os.utime(fresh)  # perhaps of another machine that writes to the same disk
     replace_file(path, b"whole")
     assert sorted(tmp_path.iterdir()) == sorted([path, running, fresh, other])
+    folder = tmp_path / f".tmp-model-{gone.pid}"
+    folder.mkdir()
+    (folder / "half").write_bytes(b"half")
+    os.utime(folder, (1, 1))
+    write_folder(tmp_path / "model", FILES)
+    assert not folder.exists()
 
 
 def test_left_overs_of_a_killed_writer_are_swept(tmp_path):

@@ -214,19 +214,31 @@ def test_a_model_of_the_hub_is_checked_before_it_gets_its_name(
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-@pytest.mark.parametrize(("lacks", "code"), [("model.safetensors", "E201"), ("tokenizer.json", "E310")])
+@pytest.mark.parametrize(
+    ("lacks", "code", "fix"),
+    [("model.safetensors", "E201", "save_pretrained"), ("tokenizer.json", "E310", "AutoTokenizer"),
+     ("half", "E205", "pull it again")],
+)  # fmt: skip
 def test_what_a_repository_of_the_hub_lacks_is_told_by_its_name(
-    tmp_path: Path, llama: Llama, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, lacks: str, code: str
+    tmp_path: Path,
+    llama: Llama,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    lacks: str,
+    code: str,
+    fix: str,
 ) -> None:
     def download(repository: str, local_dir: str, *patterns: list[str], **options: list[str]) -> None:
         for name, content in model_files(llama.config, llama.state_dict(), tokenizer).items():
             if name != lacks:
-                (Path(local_dir) / name).write_bytes(content)
+                half = lacks == "half" and name.endswith("safetensors")
+                (Path(local_dir) / name).write_bytes(content[: len(content) // 2] if half else content)
 
     hub(monkeypatch, download)
     with pytest.raises(BabyLlamaError) as caught:
         pull("hub:owner/name", tmp_path)
-    assert (caught.value.code, caught.value.where) == (code, "hub:owner/name")
+    assert caught.value.code == code and fix in caught.value.fix
+    assert caught.value.where.startswith("hub:owner/name")
     assert str(tmp_path) not in str(caught.value)
 
 

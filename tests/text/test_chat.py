@@ -369,8 +369,8 @@ def test_a_template_cannot_turn_text_into_control_tokens_by_changing_it():
     template.close()
 
 
-def renamed(name: str, special: bool, **changes: Any) -> Tokenizer:
-    """SmolLM2's, with a token of this name in the place of <|im_start|>."""
+def renamed(name: str, special: bool, *more: str, **changes: Any) -> Tokenizer:
+    """SmolLM2's, with a token of this name in the place of <|im_start|>, and more that are not special."""
     files = {
         file: data.replace(b"<|im_start|>", name.encode())
         for file, data in files_of("SmolLM2", bos_token="<|endoftext|>", **changes).items()
@@ -378,10 +378,15 @@ def renamed(name: str, special: bool, **changes: Any) -> Tokenizer:
     layout = json.loads(files["tokenizer.json"])
     for token in layout["added_tokens"]:
         token["special"] = special or token["content"] != name
+    for each in more:
+        id = 1 + max(*layout["model"]["vocab"].values(), *(token["id"] for token in layout["added_tokens"]))
+        layout["added_tokens"].append(
+            {**layout["added_tokens"][0], "id": id, "content": each, "special": False}
+        )
     return Tokenizer({**files, "tokenizer.json": json.dumps(layout, ensure_ascii=False).encode()})
 
 
-@pytest.mark.parametrize("name", ["<|im_start|>", "<｜User｜>", "[USER]"])
+@pytest.mark.parametrize("name", ["<|im_start|>", "<｜User｜>", "[USER]", "<start_of_turn>"])
 def test_a_control_token_that_the_file_does_not_call_one_cannot_be_typed_either(name):
     """They are not special in the files of some models, though their templates write them; DeepSeek's bars are wide."""
     template, whole = ChatTemplate(renamed(name, False)), ChatTemplate(renamed(name, True))
@@ -391,7 +396,7 @@ def test_a_control_token_that_the_file_does_not_call_one_cannot_be_typed_either(
     whole.close()
 
 
-def test_a_token_that_begins_or_ends_a_text_cannot_be_typed_whatever_the_file_calls_it():
+def test_a_token_in_brackets_that_ends_a_text_cannot_be_typed_whatever_the_file_calls_it():
     template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
     tokenizer = renamed("<end>", False, chat_template=template, eos_token="<end>")
     chat = ChatTemplate(tokenizer)
@@ -406,7 +411,9 @@ def test_what_a_model_thinks_is_text_that_its_template_can_cut_out():
         "{% for m in messages %}{{ m.role + ':' + m.content.split('</think>')[-1] }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    tokenizer = renamed("</think>", False, chat_template=template)
+    tokenizer = renamed("</think>", False, "<think>", chat_template=template)
+    assert not tokenizer.special_names.keys() & {*tokenizer.encode("<think>"), *tokenizer.encode("</think>")}
+    assert [len(tokenizer.encode(name)) for name in ("<think>", "</think>")] == [1, 1]
     assert tokenizer.decode(tokenizer.encode("6*7</think>42")) == "6*7</think>42"
     chat = ChatTemplate(tokenizer)
     told = tokenizer.decode(chat.prompt([user("?"), assistant("6*7</think>42"), user("!")]))

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from llamacpp import LlamaCpp
 from strings import AWKWARD, random_strings
 
+from babyllama.checkpoint.hf import text_files
 from babyllama.errors import InputError, MachineError
 from babyllama.packages import Package, cache_folder, open_package
 from babyllama.text.export import to_gguf, to_llama2c
@@ -752,26 +753,77 @@ def test_what_cannot_be_typed_here_cannot_be_typed_in_a_gguf(ours: Tokenizer) ->
     assert types[:5] == [3, 3, 3, 4, 4]  # 4: the others are found in any text
 
 
-def test_what_stands_beside_a_tokenizer_model_is_read(sentencepiece: Any, tmp_path: Path) -> None:
+def beside(folder: Path, files: dict[str, dict[str, Any]]) -> Path:
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+LLAMA_2 = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": {"content": "</s>"},
+    "legacy": False,
+}
+
+
+@pytest.mark.parametrize("bos", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+def test_what_stands_beside_a_tokenizer_model_is_read(
+    sentencepiece: Any, tmp_path: Path, bos: dict[str, bool]
+) -> None:
     (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(sentencepiece))
-    config = {
-        "chat_template": "{{ a }}",
-        "eos_token": "</s>",
-        "added_tokens_decoder": {"1": {"content": "<s>"}},
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5]}', encoding="utf-8")
+    config = {**LLAMA_2, **bos, "chat_template": "{{ a }}", "added_tokens_decoder": {"1": {"content": "<s>"}}}
+    beside(tmp_path, {"tokenizer_config.json": config, "generation_config.json": {"eos_token_id": [2, 5]}})
     tokenizer = Tokenizer.load(tmp_path)
     assert (tokenizer.chat_template, tokenizer.eos_ids) == ("{{ a }}", {2, 5})
-    for name, content in (
-        ("tokenizer_config.json", {"added_tokens_decoder": {"900": {"content": "<|im_end|>"}}}),
-        ("added_tokens.json", {"<|im_end|>": 900}),
-        ("added_tokens.json", {"<s>": 2}),
-    ):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
-        error = code_of(lambda: Tokenizer.load(tmp_path))
-        assert error.code == "E310" and "lacks" in error.found and "save_pretrained" in error.fix
+    assert tokenizer.puts_bos == bos.get("add_bos_token", True)
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_transformers_opens_what_a_tokenizer_model_became(
+    sentencepiece: Any, tmp_path: Path, squeezed: bool
+) -> None:
+    """Its class makes a pipeline of its own of a tokenizer.model, which need not be that of the tokenizer.json."""
+    from transformers import AutoTokenizer
+
+    data = train_sentencepiece(sentencepiece, remove_extra_whitespaces=squeezed)
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    tokenizer = Tokenizer.load(beside(tmp_path, {"tokenizer_config.json": LLAMA_2}))
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, content in text_files(tokenizer).items():
+        (out / name).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(out)
+    for text in ("  hello   there ", "Hello", "a\n\nb"):
+        assert theirs.encode(text) == tokenizer.encode(text, bos=True)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": {**LLAMA_2, "eos_token": "<|im_end|>",
+                                   "added_tokens_decoder": {"900": {"content": "<|im_end|>"}}}},
+        {"tokenizer_config.json": {"chat_template": "{{ '<|im_end|>' }}"}, "added_tokens.json": {"<|im_end|>": 900}},
+        {"tokenizer_config.json": LLAMA_2, "added_tokens.json": {"<s>": 2}},
+    ],
+)  # fmt: skip
+def test_tokens_that_are_added_beside_a_tokenizer_model_are_not_left_out(
+    sentencepiece: Any, tmp_path: Path, files: dict[str, dict[str, Any]]
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(sentencepiece))
+    error = code_of(lambda: Tokenizer.load(beside(tmp_path, files)))
+    assert error.code == "E310"
+    assert "lacks" in error.found and "save_pretrained" in error.fix
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    assert "tokenizer.json" in code_of(lambda: Tokenizer.load(tmp_path / "tokenizer.model")).fix
+
+
+def test_tokens_beside_a_tokenizer_model_that_nothing_uses_are_left_out(
+    sentencepiece: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(sentencepiece))
+    files = {"tokenizer_config.json": LLAMA_2, "added_tokens.json": {"<pad>": 900, "\ud800": 901}}
+    assert Tokenizer.load(beside(tmp_path, files)).eos_ids == {2}
 
 
 def test_every_way_to_cut_words_has_one_name_in_a_gguf(ours: Tokenizer) -> None:
