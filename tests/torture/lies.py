@@ -52,6 +52,7 @@ def cut_or_longer(data: bytes, chance: Random) -> bytes:
 
 VALUES: tuple[Any, ...] = (None, True, False, 0, 1, -1, 2, 4, 8, 64, 0.5, 1e-5, 1e308, math.nan, math.inf)
 VALUES += (-(2**63), 2**31, 2**53, 2**63, 10**400, [], {}, [0, 0], [1], [8, 8], [2**40] * 4, [1] * 5000, [[]])
+VALUES += ([2**47] * 1000, 10**4299, -(10**4299), ["F32"])
 VALUES += ({"a": {}}, "F32", "BF16", "F64", "I64", "F8_E4M3", "linear", "llama3", *NUMBERS, *TEXTS)
 STEPS = (
     "Replace",
