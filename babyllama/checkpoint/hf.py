@@ -273,18 +273,15 @@ def _header(path: Path) -> dict[str, Stored]:
             raise _damaged(path, f"is not a safetensors file ({found})")
         raw = file.read(length)
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) < len(pairs):
-            raise _damaged(path, "has two entries of one name in its header")
-        return value
-
+    twice = object()
     try:
-        header = json.loads(raw, object_pairs_hook=once)
-    except InputError:
-        raise
+        header = json.loads(
+            raw, object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else twice
+        )
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"has a header that is not JSON ({str(error)[:100]})") from None
+    if header is twice or (isinstance(header, dict) and twice in header.values()):
+        raise _damaged(path, "has two entries of one name in its header")
     tensors: dict[str, Stored] = {}
     for name, entry in header.items() if isinstance(header, dict) else [("", None)]:
         if name == "__metadata__":

@@ -439,7 +439,15 @@ def shorter_by_one(header, data):
     return header, data
 
 
+def with_one_twice(header, data):
+    """The same entry once more: the other readers take the last."""
+    name = "model.norm.weight"
+    raw = json.dumps(header)[:-1] + f', "{name}": {json.dumps(header[name])}}}'
+    return raw.encode(), data
+
+
 LIES = {
+    "two entries of one name": [with_one_twice],
     "at byte": [moved, with_a_hole],
     "its header asks for": [
         lambda header, data: (header, data + b"\0"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -128,13 +129,13 @@ def test_another_architecture_is_refused_and_none_of_its_code_is_run(
     assert caught.value.code == "E202"
 
 
-def test_a_model_whose_first_number_looks_like_a_letter_is_read(tmp_path: Path) -> None:
-    """A llama2.c file begins with its width: 60 is the byte `<`, as in 316; 640 and 896 are how a pickle begins."""
+def test_a_model_whose_first_number_looks_like_a_letter_is_taken_for_one(tmp_path: Path) -> None:
+    """A llama2.c file begins with its width: 60 is the byte `<`, 8508 is `<!`; 640 and 896 are how a pickle begins."""
     for dim in (60, 316, 640, 896, 8508):
-        heads = 2 if dim % 4 == 0 else 1
-        config = Config(vocab_size=4, dim=dim, n_layers=1, n_heads=heads, hidden_dim=4, max_seq_len=16)
-        (tmp_path / "model").write_bytes(b"".join(llama2c_parts(config, Llama(config, seed=1).state_dict())))
-        assert open_llama(tmp_path / "model").config.dim == dim
+        (tmp_path / "model").write_bytes(struct.pack("<7i", dim, 4, 1, 2, 2, 4, 16) + bytes(300))
+        with pytest.raises(InputError, match="its header asks for") as caught:
+            open_llama(tmp_path / "model")
+        assert caught.value.code == "E209"
 
 
 def test_a_pipe_in_place_of_an_index_is_not_waited_for(tmp_path: Path, models: dict[str, Path]) -> None:
