@@ -105,7 +105,7 @@ def train(
     """
     began = time.perf_counter()
     out = Path(out)
-    check(minutes, steps, tokens, size, device, settings)
+    check(settings, minutes=minutes, steps=steps, tokens=tokens, size=size, device=device)
     if not (out / RUN_JSON).exists():
         Run.refuse_taken(out)  # before a lock is left in a folder that is none of ours
     with locked(out):

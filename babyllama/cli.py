@@ -270,7 +270,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
             fix = "write it as --set learning_rate=0.001"
             raise UsageError("E101", f"--set {pair}", "is not of the form NAME=VALUE", fix)
         settings[name.strip()] = value.strip()
-    return check(None, None, None, None, None, settings)
+    return check(settings)
 
 
 # ---- data ----------------------------------------------------------------------------------------

@@ -154,9 +154,8 @@ def _remove_left_over(path: Path) -> None:
         if not re.fullmatch("[0-9]{1,7}", process) or _runs(int(process)):  # no system counts further
             continue
         with contextlib.suppress(OSError):
-            if (
-                left_over.stat().st_mtime < time.time() - 3600
-            ):  # or it may be another machine's, on a shared disk
+            # what is newer may be another machine's, on a shared disk
+            if left_over.stat().st_mtime < time.time() - 3600:
                 _remove(left_over)
 
 
@@ -173,7 +172,7 @@ def _runs(process: int) -> bool:
         return True
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
+    except ProcessLookupError:
         return False
     except OSError:  # another user's
         pass

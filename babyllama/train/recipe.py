@@ -160,10 +160,13 @@ def plan(
     Raises UsageError E101 (unknown setting), E102, E103; InputError E303 (less text than one row); MachineError E404
     (more than fits in memory).
     """
-    settings = check(minutes, steps, tokens, size, device, settings or {})
-    until = Until(0.0, steps or 0, 0.0 if tokens is None else parse_count("--tokens", tokens))
-    if not until.steps and not until.tokens:
-        until = Until(60.0 * (10 if minutes is None else minutes), 0, 0.0)
+    settings = check(settings or {}, minutes=minutes, steps=steps, tokens=tokens, size=size, device=device)
+    if steps is not None:
+        until = Until(steps=steps)
+    elif tokens is not None:
+        until = Until(tokens=parse_count("--tokens", tokens))
+    else:
+        until = Until(seconds=60.0 * (10 if minutes is None else minutes))
     device = device or machine.best_device()
     speed = speed or machine.measure_precision(device)
     precision = settings.pop("precision", speed.best)
@@ -208,9 +211,9 @@ def plan(
 class Until:
     """What ends a run; one of them is above 0."""
 
-    seconds: float
-    steps: int
-    tokens: float
+    seconds: float = 0.0
+    steps: int = 0
+    tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -370,12 +373,13 @@ def _bits(plan: Plan, text: Text, peak: float, used: float, numbers: law.Law) ->
 
 
 def check(
-    minutes: int | float | None,
-    steps: int | None,
-    tokens: int | str | None,
-    size: str | None,
-    device: str | None,
     settings: dict[str, Any],
+    *,
+    minutes: int | float | None = None,
+    steps: int | None = None,
+    tokens: int | str | None = None,
+    size: str | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """The settings as numbers; whatever is wrong with a request is said here, before any text is read.
 
@@ -400,13 +404,13 @@ def parse_count(name: str, count: int | str) -> float:
     text = str(count)
     unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
     try:
-        size = float(text[:-1]) * unit if unit else float(text)
+        number = float(text[:-1]) * unit if unit else float(text)
     except ValueError:
-        size = math.nan
-    if not 0 < size < math.inf:
+        number = math.nan
+    if not 0 < number < math.inf:
         of = "parameters" if name == "--size" else "tokens"
         raise UsageError("E102", name, f"{text!r} is not a number of {of}", "write it as 500k, 3M or 1.5M")
-    return size
+    return number
 
 
 def _typed(settings: dict[str, Any]) -> dict[str, Any]:
