@@ -15,9 +15,11 @@ The budget is in processor seconds (time.process_time), which a busy machine cha
 clock on the wall. A plan knows seconds only of time.perf_counter, so in the process of the run that name is given the
 other clock while it trains; `training s` in the table is what the loop then counted. Preparing the text is outside.
 
-The shape is the one that babyllama plans for the baseline's vocabulary and budget, measured once on one thread, and
-the same for all cells but those that name another; so are the precision, the context and the rows. What follows from a
-size, such as the learning rate, is the recipe's for the cell's own. Besides the fields of Plan a cell may name
+The shape is the one that babyllama plans for the baseline's vocabulary and budget, on one thread whose speed is
+measured once, and the same for all cells but those that name another; so are precision, context, rows, dropout and
+weight decay. What the recipe sets together with an optimiser or with the norm after the embedding (rates, beta1, clip,
+cautious) comes and goes with it; and a cell of another size or vocabulary has the recipe's numbers for its own, by the
+same speed. Every result holds the plan it was found with. Besides the fields of Plan a cell may name
 
     vocab_size        ids of the tokenizer                 shape   (dim, layers, heads)
     tokens_per_step   rows = this over the context         init    "gpt2": normal 0.02, as in nanoGPT
@@ -41,7 +43,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +60,7 @@ class Cell:
     settings: Settings = field(default_factory=dict)
 
 
-MUON = {
-    "optimizer": "muon",
-    "learning_rate": 0.02,
-    "embedding_rate": 0.09,
-    "head_rate": 0.007,
-    "gain_rate": 0.007,
-}
-ADAMW = {  # one rate for all; 0 is "as learning_rate"
-    "optimizer": "adamw",
-    "learning_rate": 0.004,
-    "embedding_rate": 0.0,
-    "head_rate": 0.0,
-    "gain_rate": 0.0,
-}
+MUON, ADAMW = {"optimizer": "muon"}, {"optimizer": "adamw"}
 AS_IT_IS = Cell("as it is")
 
 # In the order in which they decide. Every baseline is what the recipe does by itself.
@@ -99,7 +88,11 @@ GROUPS: dict[str, list[Cell]] = {
             {**ADAMW, "init": "gpt2", "tie_embeddings": True, "embedding_norm": False, "schedule": "cosine"},
         ),
     ],
-    "precision": [AS_IT_IS, *(Cell(kind, {"precision": kind}) for kind in ("float32", "bfloat16"))],
+    "tied": [  # which the norm after the embedding rules out
+        Cell("without embedding norm", {"embedding_norm": False}),
+        Cell("tied", {"tie_embeddings": True, "embedding_norm": False}),
+    ],
+    "precision": [Cell(kind, {"precision": kind}) for kind in ("float32", "bfloat16")],
     "vocabulary": [
         AS_IT_IS,
         Cell("bytes", {"vocab_size": 261}),  # the smallest: 256 bytes and 5 control tokens
@@ -108,17 +101,15 @@ GROUPS: dict[str, list[Cell]] = {
     "first weights": [
         AS_IT_IS,
         Cell("GPT-2 init", {"init": "gpt2"}),
-        Cell("tied", {"tie_embeddings": True, "embedding_norm": False}),
-        Cell("with embedding norm", {"embedding_norm": True}),
         Cell("without embedding norm", {"embedding_norm": False}),
-        *(Cell(f"embedding rate {rate:g}", {"embedding_rate": rate}) for rate in (0.004, 0.03, 0.1)),
+        *(Cell(f"embedding rate {rate:g}", {"embedding_rate": rate}) for rate in (0.004, 0.03, 0.2)),
         *(Cell(f"head rate {rate:g}", {"head_rate": rate}) for rate in (0.002, 0.004, 0.008)),
         *(Cell(f"gain rate {rate:g}", {"gain_rate": rate}) for rate in (0.004, 0.008)),
     ],
     "rates": [
         AS_IT_IS,
         *(Cell(f"AdamW {rate:g}", {**ADAMW, "learning_rate": rate}) for rate in (0.002, 0.004, 0.008)),
-        *(Cell(f"Muon {rate:g}", {**MUON, "learning_rate": rate}) for rate in (0.01, 0.02, 0.04)),
+        *(Cell(f"Muon {rate:g}", {**MUON, "learning_rate": rate}) for rate in (0.01, 0.03, 0.04)),
     ],
     "batch": [
         AS_IT_IS,
@@ -130,7 +121,7 @@ GROUPS: dict[str, list[Cell]] = {
     ],
     "schedule": [
         AS_IT_IS,
-        Cell("linear to 0", {"schedule": "linear", "final": 0.0}),
+        Cell("linear to 10 %", {"final": 0.1}),
         Cell("cosine to 10 %", {"schedule": "cosine", "final": 0.1}),
         Cell("cosine to 0", {"schedule": "cosine", "final": 0.0}),
         Cell("wsd, last 20 %", {"schedule": "wsd", "decay": 0.2}),
@@ -141,10 +132,10 @@ GROUPS: dict[str, list[Cell]] = {
         AS_IT_IS,
         *(
             Cell(f"{shape[0]} wide, {shape[1]} layers", {"shape": shape})
-            for shape in ((64, 2, 2), (96, 3, 3), (128, 4, 4), (160, 4, 5), (192, 5, 6), (256, 6, 8))
+            for shape in ((64, 2, 2), (96, 3, 3), (128, 4, 4), (160, 4, 5), (192, 5, 6), (256, 6, 4))
         ),
     ],
-    "context": [AS_IT_IS, *(Cell(f"{context} tokens", {"context": context}) for context in (64, 128, 256))],
+    "context": [AS_IT_IS, *(Cell(f"{context} tokens", {"context": context}) for context in (64, 128, 512))],
     "regularisation": [  # epochs are what --seconds makes of a text
         AS_IT_IS,
         *(
@@ -154,14 +145,13 @@ GROUPS: dict[str, list[Cell]] = {
         ),
     ],
     "small things": [  # effects below 1 %: --seeds 10
-        Cell("Muon", MUON),
         AS_IT_IS,
-        Cell("Muon, cautious", {**MUON, "cautious": True}),
-        Cell("Muon, falling decay", {**MUON, "weight_decay_falls": True}),
-        Cell("Muon, normuon", {**MUON, "normuon": True}),
-        *(Cell(f"Muon, momentum {much:g}", {**MUON, "momentum": much}) for much in (0.9, 0.98)),
-        *(Cell(f"Muon, average {share:g}", {**MUON, "average": share}) for share in (0.01, 0.03, 0.1)),
-        Cell("Muon, not clipped", {**MUON, "clip": 0.0}),
+        Cell("not cautious", {"cautious": False}),
+        Cell("falling decay", {"weight_decay_falls": True}),
+        Cell("normuon", {**MUON, "normuon": True}),
+        *(Cell(f"momentum {much:g}", {"momentum": much}) for much in (0.9, 0.98)),
+        *(Cell(f"average {share:g}", {"average": share}) for share in (0.0, 0.01, 0.05)),
+        Cell("clipped at 1", {"clip": 1.0}),
     ],
 }
 
@@ -333,10 +323,13 @@ def prepared(request: Line, vocab_size: int | None) -> Any:
 
 
 def first_plan(request: Line) -> Line:
-    """What babyllama plans for this text and time on one thread, and so for every cell that names nothing else."""
+    """What babyllama plans for this text and time on one thread of this speed; every cell takes from it what it does
+    not name."""
+    from babyllama import machine
     from babyllama.train import recipe
 
     corpus = prepared(request, request["base"].get("vocab_size"))
+    speed = machine.measure_precision("cpu")
     plan = recipe.plan(
         vocab_size=corpus.vocab_size,
         text_bytes=corpus.train_bytes,
@@ -345,51 +338,56 @@ def first_plan(request: Line) -> Line:
         size=request["base"].get("size"),
         device="cpu",
         settings={"threads": 1},
+        speed=speed,
     )
-    model = plan.model
-    return {
-        "shape": [model.dim, model.n_layers, model.n_heads],
-        "precision": plan.precision,
-        "context": plan.context,
-        "batch_size": plan.batch_size,
-        "vocab_size": corpus.vocab_size,
-        "train_bytes": corpus.train_bytes,
-        "val_bytes": corpus.val_bytes,
-    }
+    text = {"train_bytes": corpus.train_bytes, "val_bytes": corpus.val_bytes}
+    return {"plan": recipe.plan_to_json(plan), "speed": asdict(speed), **text}
 
 
-def cell_plan(request: Line, corpus: Any) -> Any:
+def cell_plan(request: Line, vocab_size: int, text_bytes: int, train_tokens: int) -> Any:
     """The plan of a cell: the recipe's for its shape and vocabulary, with the cell's settings."""
     from shapes import plan_for
 
+    from babyllama import machine
+    from babyllama.train import recipe
+
+    head, base, settings = request["head"], request["base"], dict(request["settings"])
+    first = recipe.plan_from_json(head["plan"])
+    outside = {name: settings.pop(name) for name in OUTSIDE if name in settings}
+    resized = any(outside.get(name) != base.get(name) for name in ("size", "shape", "vocab_size"))
+    context = int(settings.get("context", first.context))
+    tokens = outside.get("tokens_per_step", first.batch_size * first.context)
+    own = {"threads": 1, "precision": first.precision, "context": context, "evaluations": 0}
+    own |= {"save_seconds": 1e9, "batch_size": max(1, round(tokens / context))}
+    if not resized:
+        own |= {"dropout": first.dropout, "weight_decay": first.weight_decay}
+    if outside.get("size") != base.get("size") and "tokens_per_step" not in outside:
+        del own["batch_size"]  # the recipe's for that size
+    options = {
+        "text_bytes": text_bytes,
+        "train_tokens": train_tokens,
+        "minutes": request["seconds"] / 60,
+        "seed": request["seed"],
+        "device": "cpu",
+        "settings": own | settings,
+        "speed": machine.Precision(**head["speed"]),
+    }
+    if "size" in outside:
+        return recipe.plan(vocab_size=vocab_size, size=str(outside["size"]), **options)
+    dim, n_layers, n_heads = outside.get(
+        "shape", (first.model.dim, first.model.n_layers, first.model.n_heads)
+    )
     from babyllama.model import Config
 
-    head, settings = request["head"], dict(request["settings"])
-    outside = {name: settings.pop(name) for name in OUTSIDE if name in settings}
-    context = int(settings.get("context", head["context"]))
-    rows = max(1, round(head["batch_size"] * head["context"] / context))
-    if "tokens_per_step" in outside:
-        rows = max(1, round(outside["tokens_per_step"] / context))
-    own = {"threads": 1, "precision": head["precision"], "context": context, "batch_size": rows}
-    own |= {"evaluations": 0, "save_seconds": 1e9, **settings}
-    dim, n_layers, n_heads = outside.get("shape", head["shape"])
-    facts = {"text_bytes": corpus.train_bytes, "train_tokens": len(corpus.train_ids)}
-    options = {**facts, "minutes": request["seconds"] / 60, "seed": request["seed"], "device": "cpu"}
-    if "size" in outside:
-        from babyllama.train import recipe
-
-        if "tokens_per_step" not in outside and "batch_size" not in request["settings"]:
-            own.pop("batch_size")  # the recipe's for that size
-        return recipe.plan(vocab_size=corpus.vocab_size, size=str(outside["size"]), settings=own, **options)
     config = Config(
-        vocab_size=corpus.vocab_size,
+        vocab_size=vocab_size,
         dim=dim,
         n_layers=n_layers,
         n_heads=n_heads,
         max_seq_len=context,
         tie_embeddings=bool(outside.get("tie_embeddings", False)),
     )
-    return plan_for(config, settings=own, **options)
+    return plan_for(config, **options)
 
 
 def one_run(request: Line) -> Line:
@@ -404,7 +402,7 @@ def one_run(request: Line) -> Line:
     if settings.get("init", "gpt2") != "gpt2":
         return {"missing": f"init {settings['init']!r}"}
     corpus = prepared(request, settings.get("vocab_size", request["base"].get("vocab_size")))
-    plan = cell_plan(request, corpus)
+    plan = cell_plan(request, corpus.vocab_size, corpus.train_bytes, len(corpus.train_ids))
     if "init" in settings:  # by the name that Llama.init_weights looks up
         residual = 0.02 / math.sqrt(2 * plan.model.n_layers)
         inward = ("wo.weight", "w_down.weight")
@@ -428,7 +426,7 @@ def one_run(request: Line) -> Line:
     if outcome.score is None:
         raise SystemExit("stopped by a signal")
     from babyllama import costs
-    from babyllama.train.recipe import multiplied
+    from babyllama.train.recipe import multiplied, plan_to_json
 
     return {
         "bits_per_byte": outcome.score.bits_per_byte,
@@ -437,6 +435,7 @@ def one_run(request: Line) -> Line:
         "epochs": told["steps"] * plan.tokens_per_step / len(corpus.train_ids),
         "parameters": costs.parameters(plan.model).total,
         "multiplied": multiplied(plan.model),
+        "plan": plan_to_json(plan),
         "wall_seconds": wall() - began[0],
         "processor_seconds": processor() - began[1],
         "torch": torch.__version__,
@@ -480,7 +479,8 @@ def order(cells: list[Cell], seeds: int) -> list[tuple[Cell, int]]:
 
 def measure(cells: list[Cell], where: Line, given: argparse.Namespace, path: Path) -> dict[str, str]:
     """Run what the file does not hold yet. Returns the cells that this version does not know, with the reason."""
-    lines = read_lines(path)
+    version = code()
+    lines = [line for line in read_lines(path) if not given.anew or line.get("code") == version]
     missing = [
         (cell, seed)
         for cell, seed in order(cells, given.seeds)
@@ -491,19 +491,22 @@ def measure(cells: list[Cell], where: Line, given: argparse.Namespace, path: Pat
     base = given.base
     request = {**where, "base": base, "data": str(Path(given.out) / "data")}
     places = cores(given.jobs)
-    head = next((line["head"] for line in lines if "head" in line and same(line, where)), None)
+    head = next(
+        (line["head"] for line in lines if "plan" in line.get("head", {}) and same(line, where)), None
+    )
     if head is None:
         head = ask({**request, "do": "head"}, places[0])
-        if "shape" not in head:
+        if "plan" not in head:
             raise SystemExit(f"no plan: {head}")
-        append(path, {**where, "head": head})
-    print(f"{where['text']}, {where['seconds']:g} s: {head}", file=sys.stderr)
+        append(path, {**where, "code": version, "head": head})
+    told = ", ".join(f"{name} {value}" for name, value in head["plan"].items() if name != "model")
+    print(f"{where['text']}, {where['seconds']:g} s: {head['plan'].get('model')}, {told}", file=sys.stderr)
 
     work: queue.SimpleQueue[tuple[Cell, int]] = queue.SimpleQueue()
     for each in missing:
         work.put(each)
     refused: dict[str, str] = {}
-    writing, version = threading.Lock(), code()
+    writing = threading.Lock()
 
     def serve(core: int | None) -> None:
         while not stop.is_set():
@@ -576,6 +579,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seeds", type=int, default=5)
     found.add_argument("--jobs", type=int, default=2, help="runs side by side")
     found.add_argument("--out", default="runs/ablations")
+    found.add_argument(
+        "--anew", action="store_true", help="what other versions of the code found does not count"
+    )
     found.add_argument("--table", action="store_true", help="run nothing")
     found.add_argument("--list", action="store_true")
     found.add_argument("--child", help=argparse.SUPPRESS)

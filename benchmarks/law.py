@@ -4,44 +4,48 @@
     python benchmarks/law.py runs/tales runs/mine     these finished runs count too, and stay in law.json
     python benchmarks/law.py --fit                    fit what law.json holds, and show how well
     python benchmarks/law.py --fresh                  forget first what it holds, as when the recipe has changed
+    python benchmarks/law.py --longer 3               on cores without bfloat16: three times the seconds of each run
 
 Each run of its own is one thread for some processor seconds, by the recipe but for its size; see ablate.py, which makes
 them and goes on where it was interrupted. The sizes lie around what a budget can train, so that the best is inside.
+Three kinds of text: tales, plays, and Python, namely a part of SymPy, which PyTorch brings with it.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import ablate
 import numpy as np
+import sympy
 
 from babyllama.checkpoint.run import Run
 from babyllama.data.corpus import Corpus
 from babyllama.train import law
 from babyllama.train.recipe import multiplied, plan_from_json
 
-TEXTS = ("fairy-tales", "shakespeare")
+CODE = Path(sympy.__file__).parent / "physics"
+TEXTS = {"fairy-tales": "fairy-tales", "shakespeare": "shakespeare", "sympy-physics": str(CODE)}
 SIZES = {20.0: ("200k", "600k", "1.2M"), 60.0: ("600k", "1.2M", "3M"), 180.0: ("1.2M", "3M", "6M")}
 OUT = "runs/ablations"
 
 
-def own_runs() -> list[law.Reached]:
-    """Make the runs of TEXTS and SIZES that are missing, and return all of them."""
-    for text in TEXTS:
+def own_runs(fresh: bool, longer: float, jobs: int) -> list[law.Reached]:
+    """Make the runs of TEXTS and SIZES that are missing, and return all of them; `fresh`: of this version's alone."""
+    for text in TEXTS.values():
         for seconds, sizes in SIZES.items():
             cells = [argument for size in sizes for argument in ("--cell", f"{size}: size={size}")]
+            where = ["--text", text, "--seconds", str(seconds * longer), "--seeds", "1"]
             ablate.main(
-                ["law", *cells, "--text", text, "--seconds", str(seconds), "--seeds", "1", "--out", OUT]
+                ["law", *cells, *where, "--jobs", str(jobs), "--out", OUT, *(["--anew"] if fresh else [])]
             )
-    found, hard = [], {}
+    found, hard, names = [], {}, {text: name for name, text in TEXTS.items()}
     for line in ablate.read_lines(Path(OUT) / "law.jsonl"):
-        if "bits_per_byte" in line and "size" in line["settings"]:
+        if "bits_per_byte" in line and line["text"] in names and (not fresh or line["code"] == ablate.code()):
             corpus = ablate.prepared({"text": line["text"], "data": f"{OUT}/data"}, None)
             hard.setdefault(line["text"], hardness(corpus))
             run = law.Reached(
-                text=Path(line["text"]).stem,
+                text=names[line["text"]],
                 hardness=hard[line["text"]],
                 parameters=line["multiplied"],
                 text_bytes=corpus.train_bytes,
@@ -94,9 +98,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
     parser.add_argument("--fit", action="store_true", help="run nothing")
     parser.add_argument("--fresh", action="store_true", help="forget the runs in law.json")
+    parser.add_argument(
+        "--longer", type=float, default=1.0, metavar="FACTOR", help="times the seconds of each run"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, each on a core of its own")
     given = parser.parse_args(arguments)
     kept = law.read()[1] if law.LAW.exists() and not given.fresh else []
-    new = [finished(path) for path in given.runs] + ([] if given.fit else own_runs())
+    new = [finished(path) for path in given.runs] + (
+        [] if given.fit else own_runs(given.fresh, given.longer, given.jobs)
+    )
     runs = [run for run in kept if run not in new] + new
     fitted = law.fit(runs)
     law.write(fitted, runs)
@@ -106,5 +116,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     main()

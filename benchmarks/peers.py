@@ -5,8 +5,9 @@ loop is the one that all of them share: forward, cross-entropy in float32, backw
 fastest that PyTorch has on a CPU, for everyone), learning rate by progress. What differs is in `Recipe`.
 
 nanoGPT and llama2.c are run as recipes, not as their code: our model with PyTorch's fused attention in float32, which
-is what both take on a CPU (their autocast is a null context there), the initialisation that both have (normal 0.02,
-less by 1/√(2 layers) into the residual stream) and a tied head. So nanoGPT gets a Llama's blocks, which are not worse.
+is what both take on a CPU (their autocast is a null context there), nanoGPT's initialisation (normal 0.02, less by
+1/√(2 layers) into the residual stream; llama2.c lessens another matrix of the feed-forward) and a tied head. So nanoGPT
+gets a Llama's blocks, which are not worse.
 """
 
 import importlib.util
@@ -45,7 +46,11 @@ class Recipe:
     model: Literal["llama", "transformers", "litgpt", "babyllama"]
     vocabulary: int | Literal["characters", "default"] = "default"  # default: as many as babyllama takes
     shape: tuple[int, int, int] | None = None  # dim, layers, heads; None: the shape that babyllama plans
+    smaller: int = (
+        0  # so many of babyllama's shapes below that: a slower trainer sees fewer tokens in the same time
+    )
     tied: bool = False
+    gpt2_init: bool = False
     context: int = 256
     rows: int = 8
     accumulation: int = 1
@@ -82,6 +87,7 @@ NANOGPT = Recipe(
     vocabulary="characters",  # data/shakespeare_char/prepare.py
     shape=(128, 4, 4),
     tied=True,
+    gpt2_init=True,
     context=64,
     rows=12,
     windows="random",
@@ -102,6 +108,7 @@ LLAMA2C = Recipe(
     vocabulary=4096,
     shape=(288, 6, 6),
     tied=True,
+    gpt2_init=True,
     context=256,
     rows=8,
     accumulation=4,
@@ -150,6 +157,8 @@ QUALITY = {
         OURS,
         TRANSFORMERS,
         replace(TRANSFORMERS, name="transformers bf16", precision="bfloat16"),
+        replace(TRANSFORMERS, name="transformers float32, smaller", smaller=1),
+        replace(TRANSFORMERS, name="transformers bf16, smaller", precision="bfloat16", smaller=1),
         NANOGPT,
         LLAMA2C,
         replace(LLAMA2C, name="llama2.c, short steps", accumulation=1),
@@ -197,14 +206,14 @@ def build(recipe: Recipe, config: Config, seed: int) -> nn.Module:
     if recipe.model == "litgpt":
         return _litgpt(config)
     model = Llama(config, seed=seed)
-    if recipe.tied:
+    if recipe.gpt2_init:
         gpt2_init(model, seed)
     return model
 
 
 @torch.no_grad()
 def gpt2_init(model: Llama, seed: int) -> None:
-    """Normal(0, 0.02), less by 1/√(2 layers) for what writes into the residual stream: nanoGPT's and llama2.c's."""
+    """Normal(0, 0.02), less by 1/√(2 layers) for what writes into the residual stream: nanoGPT's."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
@@ -439,7 +448,13 @@ def contestant(recipe: Recipe, shape: Shape, seed: int = 1) -> PlainLoop | OurLo
     if recipe.model == "babyllama":
         same = {"threads": torch.get_num_threads(), "dropout": 0.0}
         return OurLoop(shape, ids, seed, optimizer="muon" if "Muon" in recipe.name else "adamw", **same)
-    same = {"tied": False, "accumulation": 1, "context": shape.context, "rows": shape.batch_size}
+    same = {
+        "tied": False,
+        "gpt2_init": False,
+        "accumulation": 1,
+        "context": shape.context,
+        "rows": shape.batch_size,
+    }
     return PlainLoop(replace(recipe, **same), shape.config, ids, rate=1e-3, seed=seed)
 
 

@@ -60,7 +60,9 @@ def plan_for(config: Config, *, text_bytes: int, train_tokens: int, **options: A
 
     Everything that follows from the size, such as the learning rate, is the recipe's. Raises what `recipe.plan` does.
     """
-    size = str(costs.parameters(config).total)
+    size = str(
+        costs.parameters(replace(config, tie_embeddings=False)).total
+    )  # as the recipe's shapes are counted
     found = recipe.plan(
         vocab_size=config.vocab_size, text_bytes=text_bytes, train_tokens=train_tokens, size=size, **options
     )

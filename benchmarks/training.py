@@ -18,23 +18,28 @@ sliding by half a context, so that every byte is scored once. Each run is a fres
 
 The budget is of --clock, cold unless told otherwise, for everyone. Scoring is outside both, for everyone. babyllama
 runs as its users run it (`api.train` on data from `prepare`, which sets 1 % of its 90 % aside for itself); its own
-short evaluations and its saves are inside its clock, and every point of its curve is a saved step, loaded again.
+evaluations and its saves are inside its clock, and every point of its curve is a saved step, loaded again.
 
---tune: first every contestant tries its five learning rates, each for the whole budget or for MINUTES, on the first
-90 % of the training part, scored on the rest of that part; the best one then goes to the hold-out, beside the
-documented one (--tuned-only: instead of it).
+A peer without a shape of its own gets the one that babyllama plans for these minutes, by a speed that is measured once
+(OUT/speed.json); and, as "smaller", the next below it. Since a peer may learn a small text by heart before its time is
+over, the best point of its curve is told beside the last.
 
-Every run is appended to OUT/runs.jsonl at once, and none is made twice: an interrupted comparison goes on where it
-stopped. babyllama's runs are made anew when its code has changed.
+--tune: first every contestant tries its five learning rates, each for the whole budget or for MINUTES, with the model
+of the whole budget, on the first 90 % of the training part, scored on the rest of that part; the best one then goes to
+the hold-out, beside the documented one (--tuned-only: instead of it).
 
---only NAME ... chooses contestants; --python NAME=PATH gives one an interpreter of its own (which can import
-babyllama and its dependencies), for a peer that does not install beside the others.
+Every run is appended to OUT/runs.jsonl at once, and none is made twice while what it rests on is the same code: an
+interrupted comparison goes on where it stopped. Contestants take turns, seed after seed.
+
+--only NAME ... chooses contestants; with --quality, --python NAME=PATH gives one an interpreter of its own (which can
+import babyllama and its dependencies), for a peer that does not install beside the others.
 """
 
 import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -42,6 +47,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +61,8 @@ import ablate
 import peers
 import torch
 from shapes import SHAPES, Shape, training_flops
+
+from babyllama import machine
 
 PEAK_SIZE = 2048  # of the bare matrix product
 POINTS = 8  # of a curve
@@ -230,7 +238,7 @@ def _run_peer(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
         hold_out = Path(request["hold_out"]).read_text(encoding="utf-8")
     text = peers.encoder(recipe, train, hold_out)
     with clock.stopped():  # the shape is lent by babyllama's plan, and not thought about in this one's time
-        shape = recipe.shape or _planned_shape(text.vocab_size, len(train.encode()), request["minutes"])
+        shape = recipe.shape or _planned_shape(request, recipe, text.vocab_size, len(train.encode()))
     config = peers.config_of(recipe, text.vocab_size, shape)
     import numpy as np
 
@@ -268,13 +276,23 @@ def _run_peer(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
     }
 
 
-def _planned_shape(vocab_size: int, text_bytes: int, minutes: float) -> tuple[int, int, int]:
+def _planned_shape(
+    request: dict[str, Any], peer: peers.Recipe, vocab_size: int, text_bytes: int
+) -> tuple[int, int, int]:
+    from babyllama import machine
     from babyllama.train import recipe
 
     model = recipe.plan(
-        vocab_size=vocab_size, text_bytes=text_bytes, train_tokens=text_bytes // 2, minutes=minutes
+        vocab_size=vocab_size,
+        text_bytes=text_bytes,
+        train_tokens=text_bytes // 2,
+        minutes=request["planned_minutes"],
+        device="cpu",
+        settings={"threads": request["threads"]},
+        speed=machine.Precision(**request["speed"]),
     ).model
-    return model.dim, model.n_layers, model.n_heads
+    at = recipe.SHAPES.index((model.dim, model.n_layers, model.n_heads))
+    return recipe.SHAPES[max(0, at - peer.smaller)]
 
 
 def _point(warm: float, cold: float, bits: float, steps: int, bytes_: int) -> dict[str, Any]:
@@ -296,14 +314,14 @@ def _run_ours(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
     hold_out = Path(request["hold_out"]).read_text(encoding="utf-8")
     curve: list[dict[str, Any]] = []
     seen: dict[str, Any] = {}
-    settings: dict[str, Any] = {"evaluations": request["points"], "evaluation_tokens": 2048}
+    settings: dict[str, Any] = {"evaluations": request["points"]}
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         corpus = prepare(request["train"], Path(folder) / "data", val_fraction=OWN_VALIDATION)
         if request["rate"] != 1.0:  # a multiple of the rate that the plan would take
             with clock.stopped():
-                plan = plan_of(corpus, request["minutes"], request["seed"])
+                plan = plan_of(corpus, request)
                 settings["learning_rate"] = plan.learning_rate * request["rate"]
         budget, start, cold_start = _budget(request, clock), clock.now(), clock.cold()
 
@@ -353,16 +371,17 @@ def _run_ours(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
     }
 
 
-def plan_of(corpus: Any, minutes: float, seed: int) -> Any:
+def plan_of(corpus: Any, request: dict[str, Any]) -> Any:
     from babyllama.train import recipe
 
     return recipe.plan(
         vocab_size=corpus.vocab_size,
         text_bytes=corpus.train_bytes,
         train_tokens=len(corpus.train_ids),
-        minutes=minutes,
-        seed=seed,
+        minutes=request["minutes"],
+        seed=request["seed"],
         device="cpu",
+        settings={"threads": request["threads"]},
     )
 
 
@@ -403,7 +422,10 @@ def quality(given: argparse.Namespace) -> None:
     inner = write_split(Path(whole["train"]).read_bytes(), out / "tuning") if given.tune else {}
     pythons = dict(each.split("=", 1) for each in given.python)
     results: list[dict[str, Any]] = []
-    done, package = ablate.read_lines(out / "runs.jsonl"), ablate.code()
+    done, codes = ablate.read_lines(out / "runs.jsonl"), {True: ablate.code(), False: peers_code()}
+    if not (measured := out / "speed.json").exists():
+        measured.write_text(json.dumps(asdict(machine.measure_precision("cpu"))), encoding="utf-8")
+    speed = json.loads(measured.read_text(encoding="utf-8"))
 
     def run(
         name: str,
@@ -412,16 +434,19 @@ def quality(given: argparse.Namespace) -> None:
         paths: dict[str, str],
         seed: int = 1,
         points: int = given.points,
+        planned_minutes: float = 0.0,
     ) -> dict[str, Any]:
         """One run, or what an earlier call of this program found under the same conditions."""
         key = {"name": name, "minutes": minutes, "rate": rate, "seed": seed, "clock": given.clock}
         key |= {"threads": torch.get_num_threads(), "points": points}
+        key |= {"planned_minutes": planned_minutes or minutes, "python": pythons.get(name, "")}
         key["text"] = hashlib.sha256(Path(paths["train"]).read_bytes()).hexdigest()[:8]
-        key["code"] = package if peers.QUALITY[name].model == "babyllama" else ""
+        key["code"] = codes[peers.QUALITY[name].model == "babyllama"]
         for line in done:
             if all(line.get(name) == value for name, value in key.items()):
                 return line
-        found = {**key, **child(pythons.get(name, sys.executable), {**key, **paths})}
+        request = {**key, **paths, "speed": speed}
+        found = {**key, **child(pythons.get(name) or sys.executable, request)}
         ablate.append(out / "runs.jsonl", found)
         print(f"  {name}, {minutes:g} min, rate {rate:g}: {found['bits_per_byte']:.4f}", file=sys.stderr)
         if not 0.95 < found.get("agrees", 1.0) < 1.05:
@@ -429,20 +454,29 @@ def quality(given: argparse.Namespace) -> None:
         return found
 
     for minutes in given.minutes:
+        entries: list[tuple[str, str, float]] = []
         for name in names:
             rates = {"documented": peers.QUALITY[name].rates[0]}
             if given.tune:
                 tries = minutes if given.tune == WHOLE else given.tune
-                tried = {rate: run(name, tries, rate, inner, points=1) for rate in peers.QUALITY[name].rates}
-                rates["tuned"] = min(tried, key=lambda rate: tried[rate]["bits_per_byte"])
+                tried = {
+                    rate: run(name, tries, rate, inner, points=1, planned_minutes=minutes)
+                    for rate in peers.QUALITY[name].rates
+                }
+                rates[f"tuned at {tries:g}"] = best_rate(
+                    {rate: one["bits_per_byte"] for rate, one in tried.items()}
+                )
             if given.tune and given.tuned_only:
                 del rates["documented"]
             elif len(set(rates.values())) == 1:
                 rates = {" and ".join(rates): next(iter(rates.values()))}
-            for how, rate in rates.items():
-                for seed in range(1, given.seeds + 1):
-                    found = run(name, minutes, rate, whole, seed)
-                    results.append({**found, "how": how})
+            entries += [(name, how, rate) for how, rate in rates.items()]
+        found = [
+            {**run(name, minutes, rate, whole, seed), "how": how}
+            for seed in range(1, given.seeds + 1)
+            for name, how, rate in entries
+        ]
+        results += sorted(found, key=lambda one: entries.index((one["name"], one["how"], one["rate"])))
     print(quality_table(results))
     write_curves(results, out / "curves.csv")
     if given.figure:
@@ -452,18 +486,39 @@ def quality(given: argparse.Namespace) -> None:
             print(f"drawn: {path}")
 
 
-def quality_table(results: list[dict[str, Any]]) -> str:
-    lines = [
-        "| contestant | minutes | rate | bits per byte | steps | tokens/s, warm | model TFLOP | parameters "
-        "| vocabulary | context, bytes | seconds, cold | warm |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+def best_rate(bits: dict[float, float]) -> float:
+    """The rate with the fewest bits per byte; one with which the run diverged is not it."""
+    return min(bits, key=lambda rate: bits[rate] if math.isfinite(bits[rate]) else math.inf)
+
+
+def peers_code() -> str:
+    """Names the code that a peer's run rests on."""
+    here = Path(__file__).parent
+    paths = [here / f"{name}.py" for name in ("training", "peers", "shapes")]
+    paths += [
+        ablate.PACKAGE / f"{name}.py"
+        for name in ("model", "data/batches", "text/tokenizer", "train/evaluate", "train/recipe")
     ]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:8]
+
+
+def quality_table(results: list[dict[str, Any]]) -> str:
+    """Markdown, one line a run, and below the median of each contestant that ran with more than one seed."""
+    lines = [
+        "| contestant | minutes | rate | seed | bits per byte | best of its curve | steps | tokens/s, warm "
+        "| model TFLOP | parameters | vocabulary | context, bytes | seconds, cold | warm |",
+        f"|{'---|' * 14}",
+    ]
+    several: dict[str, list[float]] = {}
     for one in results:
+        rate = f"{one['rate']:g}{' x plan' if one['name'] == 'babyllama' else ''} ({one['how']})"
         cells = [
             one["name"],
             f"{one['minutes']:g}",
-            f"{one['rate']:g}{' x plan' if one['name'] == 'babyllama' else ''} ({one['how']})",
+            rate,
+            str(one["seed"]),
             f"{one['bits_per_byte']:.4f}",
+            f"{min(point['bits_per_byte'] for point in one['curve']):.4f}",
             f"{one['steps']:,}",
             f"{one['tokens'] / one['warm']:,.0f}",
             f"{one['flops'] / 1e12:,.1f}",
@@ -474,6 +529,12 @@ def quality_table(results: list[dict[str, Any]]) -> str:
             f"{one['warm']:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+        who = f"{one['name']}, {one['minutes']:g} minutes, rate {rate}"
+        several.setdefault(who, []).append(one["bits_per_byte"])
+    for who, bits in several.items():
+        if len(bits) > 1:
+            spread = f"{min(bits):.4f} to {max(bits):.4f}"
+            lines.append(f"\n{who}: median {statistics.median(bits):.4f}, {spread}, {len(bits)} seeds")
     return "\n".join(lines)
 
 
@@ -513,7 +574,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def entered(given: argparse.Namespace, all_: dict[str, peers.Recipe]) -> list[str]:
     """The contestants that take part; who does not is told, with the reason."""
-    elsewhere = {each.split("=", 1)[0] for each in given.python}
+    elsewhere = {each.split("=", 1)[0] for each in given.python if given.quality}
     names = []
     for name in given.only or list(all_):
         if name not in all_:

@@ -8,6 +8,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,10 @@ import training
 from ablate import Cell
 from shapes import SHAPES, Shape, training_flops
 
+from babyllama import machine
+from babyllama.train import recipe
 from babyllama.train.evaluate import score
+from babyllama.train.recipe import Plan
 
 BENCHMARKS = Path(training.__file__).parent
 TINY = Shape(name="tiny", dim=32, n_layers=2, n_heads=2, vocab_size=300, context=16, batch_size=3)
@@ -256,6 +261,54 @@ def test_quality_runs_and_draws(text, tmp_path):
         assert (tmp_path / f"curve-{theme}.svg").read_text(encoding="utf-8").startswith("<?xml")
 
 
+def test_the_best_rate_is_tuned_for_the_model_of_the_whole_run(text, tmp_path, monkeypatch, capsys):
+    """And one with which a run diverges is not the best. Contestants take turns, seed after seed."""
+    asked: list[dict[str, Any]] = []
+
+    def child(python: str, request: dict[str, Any]) -> dict[str, Any]:
+        asked.append(request)
+        bits = {1e-3: math.nan, 3e-4: 2.1}.get(request["rate"], 2.2)
+        told = {"steps": 1, "tokens": 1, "warm": 1.0, "cold": 2.0, "flops": 1, "parameters": 1}
+        told |= {"vocabulary": 1, "context_bytes": 1}
+        curve = [{"steps": 1, "cold": 1, "warm": 1, "bits_per_byte": each} for each in (1.9, bits)]
+        return {**told, "bits_per_byte": bits, "curve": curve}
+
+    monkeypatch.setattr(training, "child", child)
+    call = ["--quality", str(text), "--minutes", "15", "--tune", "1", "--tuned-only", "--seeds", "2"]
+    call += ["--only", "nanoGPT", "llama2.c", "--out", str(tmp_path)]
+    training.main(call)
+    tuning, runs = asked[:10], asked[10:]
+    assert {(one["minutes"], one["planned_minutes"], one["seed"]) for one in tuning} == {(1, 15, 1)}
+    assert [(one["name"], one["seed"]) for one in runs] == [
+        ("nanoGPT", 1), ("llama2.c", 1), ("nanoGPT", 2), ("llama2.c", 2),
+    ]  # fmt: skip
+    assert runs[0]["rate"] == 3e-4 and runs[1]["rate"] == 5e-4
+    assert len({json.dumps(one["speed"]) for one in asked}) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")][1:7] == [
+        "nanoGPT", "15", "0.0003 (tuned at 1)", "1", "2.1000", "1.9000",
+    ]  # fmt: skip
+    assert "nanoGPT, 15 minutes, rate 0.0003 (tuned at 1): median 2.1000, 2.1000 to 2.1000, 2 seeds" in lines
+    training.main(call)
+    assert len(asked) == 14  # nothing was run again
+    monkeypatch.setattr(training, "peers_code", lambda: "later")
+    training.main(call)
+    assert len(asked) == 28
+
+
+def test_a_slower_peer_may_have_a_smaller_model():
+    request = {
+        "planned_minutes": 3,
+        "threads": 1,
+        "speed": {"best": "float32", "float32": 4e11, "bfloat16": 0.0},
+    }
+    shapes = [
+        training._planned_shape(request, peers.QUALITY[name], 2048, 1_900_000)
+        for name in ("transformers bf16", "transformers bf16, smaller")
+    ]
+    assert recipe.SHAPES.index(shapes[0]) - recipe.SHAPES.index(shapes[1]) == 1
+
+
 def test_an_ablation_runs_and_names_what_it_does_not_know(text, tmp_path):
     cells = [
         "--cell",
@@ -322,7 +375,7 @@ def test_the_table_of_an_ablation():
 
 def test_an_interrupted_ablation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     path, asked = tmp_path / "x.jsonl", []
-    head = {**WHERE, "head": {"shape": [64, 2, 2]}}
+    head = {**WHERE, "head": {"plan": {"context": 256}}}
     done = [head, line(CELLS[0], 1, 2.0), line(CELLS[2], 1, 2.0)]
     path.write_text("".join(json.dumps(one) + "\n" for one in done) + '{"text": "words", "seco')  # cut short
 
@@ -341,6 +394,15 @@ def test_an_interrupted_ablation_goes_on_where_it_stopped(tmp_path, monkeypatch)
     asked.clear()
     ablate.measure(CELLS, WHERE, options, path)
     assert asked == [({}, 2)]  # only what failed
+    asked.clear()
+    options = ablate.parser().parse_args(
+        ["x", "--seeds", "1", "--jobs", "1", "--anew", "--out", str(tmp_path)]
+    )
+    options.base = {}
+    monkeypatch.setattr(ablate, "code", lambda: "a later version")
+    monkeypatch.setattr(ablate, "ask", lambda *of: {"plan": {}} if of[0]["do"] == "head" else ask(*of))
+    ablate.measure(CELLS, WHERE, options, path)
+    assert [settings for settings, _ in asked] == [{}, clip, shape]
 
 
 def test_two_jobs_share_the_work(tmp_path, monkeypatch):
@@ -348,7 +410,7 @@ def test_two_jobs_share_the_work(tmp_path, monkeypatch):
 
     def ask(request, core):
         if request["do"] == "head":
-            return {"shape": [64, 2, 2]}
+            return {"plan": {"context": 256}}
         asked.append((json.dumps(request["settings"]), request["seed"]))
         return {"bits_per_byte": 1.9, "steps": 5}
 
@@ -361,12 +423,55 @@ def test_two_jobs_share_the_work(tmp_path, monkeypatch):
     assert len(ablate.read_lines(tmp_path / "x.jsonl")) == 10
 
 
+SPEED = {"best": "float32", "float32": 5e11, "bfloat16": 0.0}
+LENGTHS = {"text_bytes": 1_900_000, "train_tokens": 550_000}  # about those of the fairy tales
+
+
+def first(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A request for cells of a run of so many seconds, with what `ablate.first_plan` would put into it."""
+    monkeypatch.setattr(machine, "measure_precision", lambda device: machine.Precision(**SPEED))
+    corpus = SimpleNamespace(vocab_size=2048, train_bytes=LENGTHS["text_bytes"], val_bytes=1000)
+    corpus.train_ids = range(LENGTHS["train_tokens"])
+    monkeypatch.setattr(ablate, "prepared", lambda request, vocab_size: corpus)
+    request = {"seconds": seconds, "base": {}, "seed": 1, "settings": {}}
+    return {**request, "head": ablate.first_plan(request)}
+
+
+def planned(request: dict[str, Any], cell: Cell) -> Plan:
+    settings = ablate.as_json(cell.settings)
+    return ablate.cell_plan({**request, "settings": settings}, settings.get("vocab_size", 2048), **LENGTHS)
+
+
 @pytest.mark.parametrize("group", ablate.GROUPS)
-def test_cells_of_a_group_differ(group):
-    cells = ablate.GROUPS[group]
+def test_cells_of_a_group_differ(group, monkeypatch):
+    cells, request = ablate.GROUPS[group], first(300, monkeypatch)
     assert len({cell.name for cell in cells}) == len(cells)
-    settings = [json.dumps(cell.settings, sort_keys=True) for cell in cells]
-    assert len(set(settings)) == len(cells)
+    baseline, *plans = (repr((planned(request, cell), cell.settings.get("init"))) for cell in cells)
+    assert len(set(plans)) == len(plans)
+    listed = group in (
+        "vocabulary",
+        "batch",
+        "size",
+    )  # whose numbers may hold what this text and time would have
+    assert plans.count(baseline) <= listed
+
+
+def test_a_cell_changes_what_it_names_and_what_comes_with_it(monkeypatch):
+    request = first(300, monkeypatch)
+    baseline = planned(request, ablate.AS_IT_IS)
+    assert baseline.dropout > 0 and baseline.optimizer == "muon"
+
+    def changed(name: str) -> set[str]:
+        cell = next(each for each in ablate.GROUPS["defaults"] if each.name == name)
+        plan = planned(request, cell)
+        return {key for key in vars(plan) if getattr(plan, key) != getattr(baseline, key)}
+
+    assert changed("not cautious") == {"cautious"}
+    assert changed("weight decay 0") == {"weight_decay"}
+    assert changed("without embedding norm") == {"embedding_norm", "embedding_rate"}
+    assert changed("tied") == {"model", "embedding_norm", "embedding_rate"}
+    rates = {"learning_rate", "embedding_rate", "head_rate", "gain_rate"}
+    assert changed("AdamW") == {"optimizer", *rates, "beta1", "cautious", "clip"}
 
 
 def test_cells_from_the_command_line():
