@@ -90,6 +90,7 @@ def train(
     on_bad_text: str = "error",
     tell: Callable[[Any], None] = lambda event: None,
     progress: Callable[[str, int, int], None] | None = None,
+    began: float | None = None,
     **settings: Any,
 ) -> Run:
     """Train a Llama on `text` and return its run folder.
@@ -99,11 +100,12 @@ def train(
     size      parameters wished for, as "3M"; None: chosen for this text and this time.
     field, encoding, on_bad_text  how files are read, see data/documents.py; with vocab_size, not for prepared data.
     tell      hears of everything that happens: Planned, then the events of train/loop.py, an Outcome last.
+    began     time.perf_counter() of when the minutes began; None: now.
     settings  most fields of recipe.Plan, for example learning_rate=1e-3.
 
     Raises the coded errors of babyllama.errors. Whatever they are, what was saved before stays.
     """
-    began = time.perf_counter()
+    began = time.perf_counter() if began is None else began
     out = Path(out)
     check(settings, minutes=minutes, steps=steps, tokens=tokens, size=size, device=device)
     if not (out / RUN_JSON).exists():
@@ -151,8 +153,8 @@ def train(
             "torch": torch.__version__,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        run = Run.create(out, facts)
         told = Planned(chosen, corpus, _forecast(chosen, corpus, speed, time.perf_counter() - began))
+        run = Run.create(out, facts)
         _train(run, told, None, tell, time.perf_counter() - began)
     return run
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,9 @@ Add --debug to any command to see where an error comes from."
 )
 
 SIGPIPE = 13  # its number where it exists
+STARTED = (
+    time.perf_counter()
+)  # from here the minutes of a run count: loading PyTorch may take seconds of them
 
 app = typer.Typer(
     help=INTRO,
@@ -115,7 +119,7 @@ def story(
         console.print("[bold]A Llama learns to tell fairy tales.[/bold]\n")
         _train_and_show(
             lambda tell, progress: api.train(
-                STORY_TEXT, out=out, minutes=minutes, tell=tell, progress=progress
+                STORY_TEXT, out=out, minutes=minutes, tell=tell, progress=progress, began=STARTED
             ),
             out,
         )
@@ -221,7 +225,10 @@ def train(
     out = out or Path("runs") / _name_of(text)
     options = {**run, **reading, **_settings(settings or [])}
     _train_and_show(
-        lambda tell, progress: api.train(text, out=out, tell=tell, progress=progress, **options), out
+        lambda tell, progress: api.train(
+            text, out=out, tell=tell, progress=progress, began=STARTED, **options
+        ),
+        out,
     )
 
 

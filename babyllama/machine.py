@@ -458,8 +458,7 @@ def self_check(device: str = "cpu") -> SelfCheck:
     """Let the device compute, in float32, something of which the answer is known; about two seconds.
 
     1. A tiny Llama, forward and backward, against the same on the CPU in float64.
-    2. Matrix products of sizes at which devices have been wrong while small ones were right: a vocabulary
-    of more
+    2. Matrix products of sizes at which devices have been wrong while small ones were right: a vocabulary of more
        than 32,768 (pytorch #116769, #109457) and a sum over more than 32,768 numbers (#195163).
 
     A device that fails must not be used; the caller raises NumericalError E503 with these numbers.

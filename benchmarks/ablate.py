@@ -11,9 +11,10 @@ A run is a fresh process on one core with one thread, --jobs of them side by sid
 turns, A B C, B C A, seed after seed. Its result, bits per byte of the whole validation text, is appended to
 RUNS/GROUP.jsonl at once, so an interrupted ablation goes on where it stopped.
 
-The budget is in processor seconds (time.process_time), which a busy machine changes little; --clock wall takes the
-clock on the wall. A plan knows seconds only of time.perf_counter, so in the process of the run that name is given the
-other clock while it trains; `training s` in the table is what the loop then counted. Preparing the text is outside.
+The budget is in processor seconds (time.process_time), which a busy machine changes less than those on the wall;
+--clock wall takes the clock on the wall. A plan knows seconds only of time.perf_counter, so in the process of the run
+that name is given the other clock while it trains; `training s` in the table is what the loop then counted. Preparing
+the text is outside.
 
 The shape is the one that babyllama plans for the baseline's vocabulary and budget, on one thread whose speed is
 measured once, and the same for all cells but those that name another; so are precision, context, rows, dropout and

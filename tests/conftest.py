@@ -1,4 +1,4 @@
-"""What every test stands on: shapes are checked on each call, nothing is downloaded, threads are counted."""
+"""What every test stands on: shapes are checked on each call, no hub is asked, threads are counted."""
 
 import os
 import shutil

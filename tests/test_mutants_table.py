@@ -27,7 +27,7 @@ def test_each_mutant_has_a_name_of_its_own() -> None:
 
 
 @pytest.mark.torture
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(6 * 3600)
 def test_every_mutant_is_caught() -> None:
     result = subprocess.run([sys.executable, TESTS / "mutants.py"], capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -2,7 +2,6 @@
 
 import io
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -34,7 +33,7 @@ def book(tmp_path_factory) -> Path:
 
 def seen_in_a_terminal(columns: int, *arguments: str) -> str:
     """Everything a terminal of this width is sent, without the escape sequences."""
-    ours, theirs = pty.openpty()
+    ours, theirs = os.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "40"}
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         environment.pop(name, None)

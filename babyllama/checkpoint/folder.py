@@ -20,7 +20,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from babyllama.errors import InputError, MachineError
+from babyllama.errors import BabyLlamaError, InputError, MachineError
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # raised when an older reader could misread what is written
@@ -77,8 +77,15 @@ def verify_folder(folder: Path) -> dict[str, Any]:
     """The manifest of `folder`, after every file in it was read and found to be what the manifest says.
 
     Raises InputError E206 (no usable manifest), E208 (written by a newer version), E205 (a file is missing, cut short
-    or too long) or E204 (contents changed), each naming the file.
+    or too long, or the disk cannot read it) or E204 (contents changed), each naming the file.
     """
+    try:
+        return _verified(folder)
+    except OSError as error:
+        raise unreadable(error, Path(error.filename or folder)) from error
+
+
+def _verified(folder: Path) -> dict[str, Any]:
     manifest = read_sealed(folder / MANIFEST)
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
@@ -209,7 +216,7 @@ def read_json(path: Path, code: str = "E206") -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(code, str(path), f"is not JSON ({str(error)[:120]})", remedy) from None
     except OSError as error:
-        raise refused(error, path) from error
+        raise unreadable(error, path) from error
     if not isinstance(value, dict):
         raise InputError(code, str(path), f"holds a JSON {type(value).__name__}, expected an object", remedy)
     return value
@@ -219,14 +226,15 @@ def read_json(path: Path, code: str = "E206") -> dict[str, Any]:
 def opened(path: Path, code: str) -> Iterator[tuple[BufferedReader, int]]:
     """A regular file to read, and its bytes; what could block or never end (a pipe, a device) is not opened.
 
-    Raises InputError `code` when there is no such file, MachineError E403 when it may not be read.
+    Raises InputError `code` when there is no such file, E205 when its disk fails, MachineError E403 when it may not be
+    read.
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(code, path, "is missing", "give the path of a model that is there") from None
     except OSError as error:
-        raise refused(error, path) from error
+        raise unreadable(error, path) from error
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
         os.close(handle)
@@ -269,6 +277,13 @@ def refused(error: OSError, path: Path, needed: int = 0) -> MachineError:
         f"{error.strerror or error}",
         "check that the folder exists and is yours to write, or choose another",
     )
+
+
+def unreadable(error: OSError, path: Path) -> BabyLlamaError:
+    """The coded error for a file that is there and could not be read: it may not be (E403) or its disk fails (E205)."""
+    if isinstance(error, PermissionError):
+        return refused(error, path)
+    return InputError("E205", str(path), f"cannot be read ({error.strerror or error})", FROM_ELSEWHERE)
 
 
 def _write_durably(path: Path, parts: Iterable[bytes]) -> None:

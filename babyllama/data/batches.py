@@ -45,31 +45,13 @@ class Batches:
         self.ids, self.context, self.batch_size, self.seed = ids, context, batch_size, seed
         self.targets = len(ids) - 1
         self.windows = -(-self.targets // context)
-        self._file = getattr(ids, "_mmap", None)  # np.memmap keeps its mapping there, views of it too
-        self._size = self._file.size() if self._file is not None else 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which every target has come at least once."""
-        return -(-self.windows // self.batch_size)
-
-    def epoch(self, step: int) -> int:
-        """Which pass over the ids the first row of this step belongs to, from 0."""
-        return step * self.batch_size // self.windows
 
     def batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """tokens and targets (B, T) of a step, counted from 0.
 
-        Raises InputError E307 when the file behind the ids has become shorter: touching what it lost would kill
-        the process with a bus error.
+        Raises InputError E307 when the file behind the ids has become shorter.
         """
-        if self._file is not None and self._file.size() < self._size:
-            raise InputError(
-                "E307",
-                getattr(self.ids, "filename", None) or "ids",
-                f"has {self._file.size()} bytes, had {self._size} when training began",
-                "prepare the text again and resume:  babyllama data TEXT --out DIR --overwrite",
-            )
+        refuse_shorter(self.ids)
         rows = step * self.batch_size + np.arange(self.batch_size)
         epochs, turns = rows // self.windows, rows % self.windows
         window = np.empty_like(rows)
@@ -85,6 +67,19 @@ class Batches:
         targets = np.asarray(self.ids[place + 1]).astype(np.int64)
         targets[index >= self.targets] = IGNORE
         return tokens, targets
+
+
+def refuse_shorter(ids: NDArray[Any]) -> None:
+    """Raises InputError E307 when the file behind mapped ids has become shorter: touching what it lost would kill the
+    process with a bus error."""
+    file = getattr(ids, "_mmap", None)  # np.memmap keeps its mapping there, views of it too
+    if file is not None and file.size() < len(file):
+        raise InputError(
+            "E307",
+            str(getattr(ids, "filename", None) or "ids"),
+            f"has {file.size()} bytes, had {len(file)} when it was opened",
+            "prepare the text again and resume:  babyllama data TEXT --out DIR --overwrite",
+        )
 
 
 def _hash(key: str) -> int:

@@ -30,13 +30,22 @@ def kernel(function):
         compiled = njit(function, cache=True, **options)
     except RuntimeError:  # numba found no folder that it may write to
         return njit(function, **options)
-    keep = compiled._cache.save_overload
+    cache = compiled._cache
+    keep, kept = cache.save_overload, cache.load_overload
 
     def keep_if_possible(*given):
         with suppress(OSError):  # such as a full disk
             keep(*given)
 
-    compiled._cache.save_overload = keep_if_possible
+    def kept_if_whole(*given):
+        try:
+            return kept(*given)
+        except Exception:  # whatever a file that was cut short makes of being unpickled
+            with suppress(OSError):
+                cache.flush()  # so that what is compiled now can be kept
+            return None
+
+    cache.save_overload, cache.load_overload = keep_if_possible, kept_if_whole
     return compiled
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from babyllama.checkpoint.folder import replace_file
 from babyllama.checkpoint.hf import model_files, read_model
 from babyllama.checkpoint.run import METRICS, Run
-from babyllama.data.batches import IGNORE, Batches
+from babyllama.data.batches import IGNORE, Batches, refuse_shorter
 from babyllama.data.corpus import Corpus
 from babyllama.errors import BabyLlamaError, InputError, MachineError, NumericalError
 from babyllama.model import Llama, tap_names
@@ -40,6 +40,9 @@ OPTIMIZER = "optim.safetensors"
 RECORDS = 200  # steps that metrics.jsonl tells of, evenly over a run
 TRAINED = "tok_embeddings.weight.trained"  # as the optimiser has it, where the model's file has it folded
 LAST_SHARE = 0.02  # of a time budget, at most, for the score of the last weights
+LAST_TOKENS = (
+    0.05  # where steps end a run: of the tokens that it learned from, at most, are scored at the end
+)
 MOST_RESERVED = 0.25  # of a time budget, for all that comes after the last step
 SKIPS = 3  # steps in a row that are not finite; that many end the run
 
@@ -130,8 +133,12 @@ def train(
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
     try:
+        training = _Training(run, plan, corpus, tell, sample, used)
         with _signals() as caught:
-            return _Training(run, plan, corpus, tell, sample, used).run_from(step, caught)
+            training.run_from(step, caught)
+        if caught:
+            return Outcome(training.step, None, caught[0])
+        return training.finish()  # everything is saved: a signal may end it
     except (RuntimeError, MemoryError) as error:
         if "allocate" in str(error) or isinstance(error, MemoryError | torch.OutOfMemoryError):
             if plan.batch_size > 1:
@@ -139,9 +146,8 @@ def train(
                 fix = f"start again with fewer rows at once:  {split}"
             else:
                 fix = f"start again with shorter rows:  --set context={max(1, plan.context // 2)}"
-            raise MachineError(
-                "E404", f"step with {plan.batch_size} rows of {plan.context} tokens", str(error)[:200], fix
-            ) from error
+            where, found = f"step with {plan.batch_size} rows of {plan.context} tokens", str(error)[:200]
+            raise MachineError("E404", where, found or "more memory than there is", fix) from error
         raise
     finally:
         torch.set_num_threads(threads)
@@ -163,9 +169,11 @@ class _Training:
         self.after_bos = corpus.tokenizer.bos_id, corpus.tokenizer.byte_lengths(corpus.tokenizer.bos_id)
         self.clock = time.perf_counter()  # when `seconds` was last brought up to date
         self.step, self.seconds, self.best_bits = 0, used, math.inf
-        self.done = False  # trained to the end by an earlier process
+        self.used = used  # of the seconds, before the first step
+        self.done = False  # trained to the end, and the better of the last weights and their average kept
         self.last_tokens: int | None = None  # scored of the last weights; None: all there are
         self.last_seconds = 0.0  # that this takes
+        self.scoring_seconds = 0.0  # that the newest evaluation took to score the weights
         self.reserved = 0.0  # seconds of the budget for what comes after the last step
         self.skipped, self.skipped_in_a_row = 0, 0
         self.evaluated: Score | None = None  # at this very step
@@ -212,6 +220,7 @@ class _Training:
             self._set_tensors(load_safetensors((folder / OPTIMIZER).read_bytes()))
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.reserved, self.done = float(state.get("reserved", 0.0)), bool(state["done"])
+            self.used = float(state.get("used", 0.0))  # not in states of earlier versions
             self.skipped = int(state.get("skipped", 0))  # not in states of earlier versions
             self.skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
             self.best_bits = float(
@@ -254,8 +263,9 @@ class _Training:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds,
+            "used": self.used,
             "reserved": self.reserved,
-            "done": self.progress >= 1,
+            "done": self.done,
             "bits_per_byte": self.evaluated.bits_per_byte if self.evaluated else None,
             "best_bits_per_byte": self.best_bits if math.isfinite(self.best_bits) else None,
             "torch": torch.__version__,
@@ -272,10 +282,12 @@ class _Training:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done: of its steps, or of its seconds less what comes after the last step."""
+        """Share of the run that is done: of its steps, or of the seconds between what comes before the first step and
+        what comes after the last."""
         if self.plan.steps:
             return self.step / self.plan.steps
-        return self.seconds / (self.plan.seconds - self.reserved)
+        whole = self.plan.seconds - self.reserved - self.used
+        return (self.seconds - self.used) / whole if whole > 0 else 1.0
 
     def seconds_left(self, rate: float) -> float:
         if self.plan.steps:
@@ -291,12 +303,15 @@ class _Training:
     def _reserve(self) -> None:
         """Decide how many tokens the last weights are scored on, and how many seconds that and the last save take."""
         if self.plan.steps:
+            trained = self.plan.steps * self.plan.tokens_per_step
+            affordable = max(self.plan.evaluation_tokens, int(LAST_TOKENS * trained))
+            self.last_tokens = affordable if affordable < len(self.corpus.val_ids) else None
             return
         some = min(max(2 * self.plan.context, 4096), len(self.corpus.val_ids))
         self._score(self.model, some)  # warms up
         began = time.perf_counter()
         scored = self._score(self.model, some)
-        rate = scored.tokens / (time.perf_counter() - began)
+        rate = scored.tokens / max(1e-9, time.perf_counter() - began)
         affordable = int(LAST_SHARE * self.plan.seconds * rate)
         affordable = max(2 * self.plan.context, affordable)
         self.last_tokens = affordable if affordable < len(self.corpus.val_ids) else None
@@ -311,7 +326,8 @@ class _Training:
 
     # ---- running -------------------------------------------------------------------------------
 
-    def run_from(self, wanted: int | None, caught: list[int]) -> Outcome:
+    def run_from(self, wanted: int | None, caught: list[int]) -> None:
+        """Train to the end, or until a signal is caught; either way everything is saved then."""
         self.restore(wanted)
         self._reserve()
         recent = [(time.perf_counter(), self.step)]
@@ -352,17 +368,17 @@ class _Training:
             if save_due or evaluation_due:
                 self.save()
                 last_save, saved = time.perf_counter(), self.step
-                if evaluation_due:
-                    self._keep(last_save - now)
+                if evaluation_due:  # the last one scores the average too
+                    self._keep(last_save - now + (self.scoring_seconds if self.average is not None else 0.0))
                 save_due = evaluation_due = False
-        if not self.done and self.progress < 1:
-            if self.step > 0 and self.step != saved:  # at 0 there is nothing that a new start would not make
-                self.save()
-            return Outcome(self.step, None, caught[0])
-        if not self.done and saved != self.step:  # time ran out between two steps
+        if not self.done and self.progress >= 1:  # time ran out between two steps, or in a save
             self.evaluate()
             self.save()
-        return self.finish()
+        elif not self.done and self.step not in (
+            0,
+            saved,
+        ):  # at 0 there is nothing that a new start would not make
+            self.save()
 
     def _due(self, before: float, times: int) -> bool:
         """Whether one of `times` even marks lies between the progress `before` this step and now; the end is one."""
@@ -398,9 +414,13 @@ class _Training:
 
     def evaluate(self) -> None:
         self._refuse_not_finite()
+        began = self.clock
         scored = self._score(self.differentiate.logits, self.plan.evaluation_tokens)
-        if self.average is not None and self.progress >= 1:
+        self.scoring_seconds = self._tick() - began
+        last = self.progress >= 1
+        if self.average is not None and last:
             scored = self._better_of_average(scored)
+        self.done = last
         best, self.best_bits = (
             scored.bits_per_byte < self.best_bits,
             min(self.best_bits, scored.bits_per_byte),
@@ -412,7 +432,7 @@ class _Training:
         self.tell(Evaluated(self.step, scored, text, best))
 
     def finish(self) -> Outcome:
-        """Score the last weights in float32: on all of the validation text, or on what the time allows."""
+        """Score the last weights in float32: on all of the validation text, or a part that takes little of the run."""
         whole = self._score(self.model, self.last_tokens)
         self._tick()
         self._record(event="finished", step=self.step, seconds=self.seconds, **asdict(whole))
@@ -434,6 +454,8 @@ class _Training:
         return last
 
     def _score(self, logits: Callable[[Tensor], Tensor], max_tokens: int | None) -> Score:
+        """Raises InputError E307 when the file of the validation text has become shorter."""
+        refuse_shorter(self.corpus.val_ids)
         ids = np.asarray(self.corpus.val_ids)
         with folded(self.model, self.plan):
             scored = score(
@@ -516,11 +538,13 @@ class _Training:
             self.run.record(**values)
 
     def _forget_metrics_after(self, step: int) -> None:
-        """Remove the lines of steps that will be taken again, so that every step is told once."""
+        """Remove what will be told again: lines of later steps, the last score, and lines that were damaged."""
         path = self.run.path / METRICS
-        kept = [line for line in self.run.metrics() if line.get("step", 0) <= step]
-        if path.exists() and len(kept) < len(path.read_text(encoding="utf-8").splitlines()):
-            replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        told = [line for line in self.run.metrics() if line.get("event") != "finished"]
+        kept = [line for line in told if line.get("step", 0) <= step]
+        with suppress(OSError, MachineError):  # as _record
+            if path.exists() and len(kept) < len(path.read_bytes().splitlines()):
+                replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def _step(model: Llama, plan: Plan) -> Step:

@@ -137,14 +137,19 @@ class Muon:
         self.workers = Workers(plan.threads if plan.device == "cpu" else 1)
         self.batches = [some for named in shapes.values() for some in _split(named, self.workers.count)]
         self.momenta = [torch.stack([*map(torch.zeros_like, batch.values())]) for batch in self.batches]
-        self.seconds = [torch.zeros_like(momentum[..., :1]) for momentum in self.momenta]  # of NorMuon
+        self.second_moments = [torch.zeros_like(momentum[..., :1]) for momentum in self.momenta]  # of NorMuon
 
     def step(self, rate: float, decay: float) -> None:
         self.workers.each(lambda i: self._update(i, rate, decay), range(len(self.batches)))
 
     @torch.no_grad()
     def _update(self, i: int, rate: float, decay: float) -> None:
-        batch, momentum, second, beta = self.batches[i], self.momenta[i], self.seconds[i], self.plan.momentum
+        batch, momentum, second, beta = (
+            self.batches[i],
+            self.momenta[i],
+            self.second_moments[i],
+            self.plan.momentum,
+        )
         gradients = torch.stack([gradient(weight) for weight in batch.values()])  # (N, out, in)
         momentum.lerp_(gradients, 1 - beta)
         updates = orthogonalize(gradients.lerp_(momentum, beta), self.dtype)
@@ -160,7 +165,7 @@ class Muon:
 
     def memory(self) -> Iterator[tuple[str, Tensor]]:
         """The name and the tensor of everything remembered between steps."""
-        for batch, momentum, second in zip(self.batches, self.momenta, self.seconds, strict=True):
+        for batch, momentum, second in zip(self.batches, self.momenta, self.second_moments, strict=True):
             for i, name in enumerate(batch):
                 yield f"{name}.momentum", momentum[i]
                 if self.plan.normuon:
@@ -295,13 +300,12 @@ class Average:
         """Take in the weights of the model as they are at `progress`, after a step."""
         if progress <= self.progress:
             return
-        older, all_counts = (
-            0.5 ** (stretch / self.half_life) for stretch in (progress - self.progress, progress)
+        newer, all_counts = (  # 1 - 2^-x, exact for x near 0 too
+            -math.expm1(-math.log(2) * stretch / self.half_life)
+            for stretch in (progress - self.progress, progress)
         )
         named = dict(model.named_parameters())
-        torch._foreach_lerp_(
-            [*self.mean.values()], [named[name] for name in self.mean], (1 - older) / (1 - all_counts)
-        )
+        torch._foreach_lerp_([*self.mean.values()], [named[name] for name in self.mean], newer / all_counts)
         self.progress = progress
 
     def weights(self) -> Weights:

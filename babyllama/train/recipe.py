@@ -107,6 +107,7 @@ class Plan:
             self._require(name, 0 <= getattr(self, name) < math.inf, "must be 0 or above")
         self._require("batch_size", self.batch_size < 2**31, "must be below 2^31")
         self._require("seed", 0 <= self.seed < 2**63, "must be from 0 to 2^63 - 1")
+        self._require("average", self.average <= 1, "must be at most 1")
         for name in ("warmup", "beta1", "beta2", "momentum", "dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
         self._require("decay", 0 < self.decay <= 1, "must be above 0 and at most 1")
@@ -196,11 +197,13 @@ def plan(
         wished = parse_count("--size", size)
         chosen = min(plans, key=lambda one: abs(math.log(costs.parameters(one.model).total / wished)))
     else:
+        available = machine.free_memory(device)
         fitting = [
             one
             for one in plans
             if costs.parameters(one.model).total <= PARAMETERS_PER_BYTE * text_bytes
             and _tokens(one, peak, used) >= TOKENS_PER_PARAMETER * costs.parameters(one.model).total
+            and (available is None or memory(one) <= MEMORY_SHARE * available)
         ]
         chosen = fitting[-1] if fitting else plans[0]
     _check_memory(chosen)
@@ -235,19 +238,23 @@ def _for_model(
     """The plan for a model of this size.
 
     What the numbers rest on stands in docs/log.md: 2026-11-24 for dropout, decay, rates and the size of a step;
-    2026-11-30, "each default taken back by itself", for Muon, cautious decay, a head of its own, the norm after the
-    embedding and weight decay, which win there, and for the first weights, schedule, average and clip, which do not.
+    2026-11-30, "each default taken back by itself", for Muon, cautious decay, the norm after the embedding and weight
+    decay, which win there, and for the first weights, schedule, average and clip, which do not.
     """
     context, width = settings["context"], model.dim
     steps, seconds = until.steps, until.seconds
     seen = until.tokens
     if not seen:  # without Muon, which takes time of its own
-        bare = Plan(model=model, context=context, batch_size=1, seconds=seconds, steps=steps, threads=1)
+        device = settings["device"]
+        bare = Plan(
+            model=model, context=context, batch_size=1, seconds=seconds, steps=steps, threads=1, device=device
+        )
         seen = _tokens(bare, peak, used)
     largest = LARGEST_STEP * width if settings["device"] == "cpu" else 2**16
     least = max(512, min(MUON_STEP * width, seen / FEWEST_STEPS))
     tokens_per_step = 2048 if steps else min(max(seen / STEPS, least), largest)
-    each = settings["threads"] if settings["device"] == "cpu" else 1  # threads share the rows evenly
+    # Threads share the rows evenly, where time ends the run; so many steps, or tokens, are the same on every machine
+    each = settings["threads"] if settings["device"] == "cpu" and seconds else 1
     rows = min(max(1, round(tokens_per_step / context / each)) * each, max(1, text.tokens // context))
     chosen: dict[str, Any] = {"batch_size": rows, "embedding_norm": True, "average": AVERAGE}
     asked = {"accumulation": 1, **chosen, **settings}
@@ -353,14 +360,17 @@ def multiplied(model: Config) -> int:
 def _peak(device: str, precision: str, threads: int, speed: machine.Precision) -> float:
     """FLOP/s of bare products with these threads."""
     peak = (speed.bfloat16 or speed.float32) if precision == "bfloat16" else speed.float32
-    return peak * threads / machine.physical_cores() if device == "cpu" else peak
+    return peak * min(1.0, threads / machine.physical_cores()) if device == "cpu" else peak
 
 
 def _tokens(plan: Plan, peak: float, used: float) -> float:
     """That the run will have seen at its end."""
     if plan.steps:
         return float(plan.steps * plan.tokens_per_step)
-    return max(0.0, plan.seconds * (1 - OVERHEAD) - used) * tokens_per_second(plan, peak)
+    left = max(0.0, plan.seconds * (1 - OVERHEAD) - used)
+    return max(
+        float(plan.tokens_per_step), left * tokens_per_second(plan, peak)
+    )  # one step is taken in any case
 
 
 def _epochs(plan: Plan, text: Text, peak: float, used: float) -> float:
@@ -453,8 +463,9 @@ def _typed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory(plan: Plan) -> int:
-    """Bytes that training by this plan holds."""
-    return costs.training_bytes(
+    """Bytes that training by this plan holds at the most: in a save, of which all files are made before one is written,
+    and the optimiser's twice while it is put together."""
+    held = costs.training_bytes(
         plan.model,
         plan.batch_size,
         plan.context,
@@ -464,18 +475,18 @@ def memory(plan: Plan) -> int:
         optimizer=plan.optimizer,
         average=plan.average > 0,
         embedding_norm=plan.embedding_norm,
-    ).total
+    )
+    return held.total + held.weights + 2 * held.optimizer
 
 
 def _check_memory(plan: Plan) -> None:
     available, needed = machine.free_memory(plan.device), memory(plan)
     if available is not None and needed > MEMORY_SHARE * available:
-        raise MachineError(
-            "E404",
-            "the plan",
-            f"training would need {needed / 2**30:,.1f} GiB, {available / 2**30:,.1f} GiB are free",
-            f"take a smaller --size, or fewer rows at once:  --set batch_size={max(1, plan.batch_size // 4)}",
-        )
+        found = f"training would need {needed / 2**30:,.1f} GiB, {available / 2**30:,.1f} GiB are free"
+        fix = "take a smaller --size"
+        if plan.batch_size > 1:
+            fix += f", or fewer rows at once:  --set batch_size={max(1, plan.batch_size // 4)}"
+        raise MachineError("E404", "the plan", found, fix)
 
 
 # ---- to and from run.json ------------------------------------------------------------------------

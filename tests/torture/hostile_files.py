@@ -2,10 +2,11 @@
 
     python tests/torture/hostile_files.py --count 1000
 
-So many cases of each format: two of three are a good file with bits flipped, numbers put in their place, parts cut
-out, doubled or moved; the third is put together from parts some of which lie (lies.py). Each is opened to the last
-number. Whatever comes of it must be a model, a tokenizer or a coded error, within a second of processor time and,
-where the system tells (Linux), within twice the file and 64 MiB of memory; and the process must live.
+So many cases of each reader, shared among the files that it reads: two of three are a good file with bits flipped,
+numbers put in their place, parts cut out, doubled or moved; the third is put together from parts some of which lie
+(lies.py). Each is opened to the last number. Whatever comes of it must be a model, a tokenizer or a coded error, within
+a second of processor time and, where the system tells (Linux), within twice the file and 64 MiB of memory; and the
+process must live.
 
 A case depends on the seed, the format and its number only. The folders of those that fail are kept.
 """
@@ -15,6 +16,7 @@ import ctypes
 import functools
 import gc
 import json
+import math
 import mmap
 import os
 import random
@@ -96,6 +98,7 @@ class Target:
     path: Path
     read: Reads
     made_up: MakesUp
+    sharing: int  # targets, this one among them, that share the cases of one reader
 
 
 def weights(path: Path) -> None:
@@ -157,7 +160,12 @@ def targets(folder: Path) -> list[Target]:
     found: list[Target] = []
 
     def add(
-        name: str, files: Mapping[str, bytes], file: str, read: Reads, made_up: MakesUp | None = None
+        name: str,
+        files: Mapping[str, bytes],
+        file: str,
+        read: Reads,
+        made_up: MakesUp | None = None,
+        sharing: int = 1,
     ) -> None:
         place = folder / name
         place.mkdir()
@@ -166,14 +174,14 @@ def targets(folder: Path) -> list[Target]:
         if made_up is None:  # a JSON file
             value = json.loads(files[file])
             made_up = functools.partial(lies.lying_json, value)
-        found.append(Target(name, place / file, read, made_up))
+        found.append(Target(name, place / file, read, made_up, sharing))
 
     add("safetensors", native, WEIGHTS, weights, functools.partial(lies.safetensors, header))
     add("config.json", native, "config.json", weights_of_folder)
     add("index", sharded, INDEX, weights_of_folder)
     add("tokenizer.json", native, "tokenizer.json", tokenizer_at)
     for name in ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
-        add(name, {**native, **beside}, name, tokenizer_of_folder)
+        add(name, {**native, **beside}, name, tokenizer_of_folder, sharing=3)
     add("pth", meta, "consolidated.00.pth", weights, functools.partial(lies.pth, shapes))
     add("params.json", meta, PARAMS, weights_of_folder)
     for name, vocabulary in (("gguf", to_gguf(tokenizer)), ("gguf of pieces", gguf_of(pieces))):
@@ -186,10 +194,11 @@ def targets(folder: Path) -> list[Target]:
             "a.gguf",
             weights_and_tokenizer,
             functools.partial(lies.gguf, *parts_of(content, folder)),
+            sharing=2,
         )
     for version in (0, 2):
         content = b"".join(llama2c_parts(config, model, version))
-        add(f"llama2.c {version}", {"a.bin": content}, "a.bin", weights, lies.llama2c)
+        add(f"llama2.c {version}", {"a.bin": content}, "a.bin", weights, lies.llama2c, sharing=2)
     writers = {
         "tokenizer.bin": lies.tokenizer_bin,
         "tokenizer.model": lies.sentencepiece,
@@ -354,15 +363,18 @@ def torture(folder: Path, count: int, seed: int) -> Tally:
     torch.set_num_threads(1)
     tally, kept = Tally(), Path(tempfile.gettempdir()) / f"hostile-files-{seed}"
     for target in targets(folder):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        score, failures = tried(target, count, seed, folder, kept)
+        before, cases = (
+            resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime,
+            math.ceil(count / target.sharing),
+        )
+        score, failures = tried(target, cases, seed, folder, kept)
         seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
         _, refused, opened, slowest, most = score.tolist()
-        tally.update({"cases": count, "refused": refused, "opened": opened})
+        tally.update({"cases": cases, "refused": refused, "opened": opened})
         tally.failures += failures
         print(
             f"{target.name}: {refused:,} refused, {opened:,} opened, {len(failures)} failures; the slowest "
-            f"{slowest / 1000:.0f} ms, the largest {most / 2**20:.1f} MiB; {count / seconds:,.0f} a second",
+            f"{slowest / 1000:.0f} ms, the largest {most / 2**20:.1f} MiB; {cases / seconds:,.0f} a second",
             flush=True,
         )
     return tally

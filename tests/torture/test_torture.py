@@ -44,7 +44,7 @@ def test_nothing_is_lost_in_the_short_form(name):
 
 
 @pytest.mark.torture
-@pytest.mark.timeout(6 * 3600)
+@pytest.mark.timeout(12 * 3600)
 @pytest.mark.parametrize("name", COUNTS)
 def test_nothing_is_lost_in_full_length(name):
     run(name, COUNTS[name][1])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -442,3 +443,24 @@ def test_a_kernel_is_compiled_anew_where_nothing_can_be_kept(hindrance, tmp_path
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "[2.0, 2.0, 2.0]\n", done.stderr
     assert not list(tmp_path.rglob("*.nbc"))
+
+
+@pytest.mark.parametrize(("ending", "kept"), [("nbi", 0), ("nbi", 50), ("nbc", 0), ("nbc", 50)])
+def test_a_kernel_is_compiled_anew_where_what_was_kept_is_cut_short(ending, kept, tmp_path):
+    package = tmp_path / "babyllama"
+    shutil.copytree(Path(kernels.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import numpy as np\n"
+        "from babyllama.train import kernels\n"
+        "total = np.zeros(3, np.float32)\n"
+        "kernels.add_up(np.ones((2, 3), np.float32), total, False)\n"
+        "print(total.tolist())\n"
+    )
+    for turn in range(3):  # the third finds what the second mended
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout == "[2.0, 2.0, 2.0]\n", done.stderr
+        files = list(tmp_path.rglob(f"*.{ending}"))
+        assert files and all(path.stat().st_size > kept for path in files)
+        if turn == 0:
+            for path in files:
+                os.truncate(path, kept)

@@ -1,6 +1,7 @@
 """One loop: the right gradient, the same bits after any interruption, and nothing lost when something breaks."""
 
 import copy
+import errno
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from weights import randomised
 
 from babyllama import api, machine
+from babyllama.checkpoint import folder
 from babyllama.checkpoint.run import Run
 from babyllama.data.batches import IGNORE, Batches
 from babyllama.errors import BabyLlamaError, InputError, MachineError, NumericalError
@@ -60,6 +62,12 @@ def stop_at(step, kind=Stepped):
     return tell
 
 
+def test_a_budget_that_was_gone_before_the_first_step_still_gives_a_model(prepared, tmp_path):
+    options = {name: SMALL[name] for name in ("threads", "device", "precision")}
+    run = api.train(prepared, out=tmp_path / "run", minutes=1e-4, **options)
+    assert run.steps() == [1] and run.state(1)["done"] and run.best() == 1
+
+
 # ---- resuming ------------------------------------------------------------------------------------
 
 
@@ -99,6 +107,36 @@ def test_a_damaged_newest_step_is_passed_over_and_the_bits_are_the_same(prepared
     assert started.step == 12 and [problem.code for problem in started.passed_over] == ["E204"]
     assert final(run) == final(uninterrupted)
     assert any(line["event"] == "passed over" for line in run.metrics())
+
+
+def test_a_step_that_the_disk_cannot_read_is_passed_over(prepared, tmp_path, uninterrupted, monkeypatch):
+    with pytest.raises(PulledPlugError):
+        train(prepared, tmp_path / "run", tell=stop_at(17))
+    run, events, read = Run(tmp_path / "run"), [], folder.file_sha256
+    broken = run.folder(16) / "optim.safetensors"
+
+    def fails(path):
+        if path == broken and not any(isinstance(event, Stepped) for event in events):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    monkeypatch.setattr(folder, "file_sha256", fails)
+    api.resume(run.path, tell=events.append)
+    started = next(event for event in events if isinstance(event, Started))
+    assert started.step == 12 and [problem.code for problem in started.passed_over] == ["E205"]
+    assert "cannot be read" in started.passed_over[0].found
+    assert final(run) == final(uninterrupted)
+
+
+def test_damaged_metrics_do_not_keep_a_run_from_going_on(prepared, tmp_path, uninterrupted):
+    with pytest.raises(PulledPlugError):
+        train(prepared, tmp_path / "run", tell=stop_at(9))
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe{\n{"event": "st')
+    run = api.resume(tmp_path / "run")
+    assert final(run) == final(uninterrupted)
+    for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        json.loads(line)
 
 
 def test_a_step_can_be_chosen_and_gives_the_same_bits(prepared, tmp_path, uninterrupted):
@@ -158,11 +196,38 @@ def test_a_finished_run_resumed_is_scored_again_and_not_trained(uninterrupted):
     api.resume(uninterrupted.path, tell=events.append)
     assert not any(isinstance(event, Stepped | Saved) for event in events)
     assert events[-1].score is not None and final(uninterrupted) == before
+    assert [line["event"] for line in uninterrupted.metrics()].count("finished") == 1
+
+
+def test_a_signal_during_the_last_score_ends_the_run_at_once_and_loses_nothing(
+    prepared, tmp_path, uninterrupted
+):
+    score = loop._Training.finish
+
+    def finish(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return score(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Training, "finish", finish)
+        with pytest.raises(KeyboardInterrupt):
+            train(prepared, tmp_path / "run")
+    events = []
+    run = api.resume(tmp_path / "run", tell=events.append)
+    assert not any(isinstance(event, Stepped) for event in events) and events[-1].score is not None
+    assert final(run) == final(uninterrupted)
+
+
+def test_of_much_held_out_text_a_run_of_steps_scores_a_part(prepared, tmp_path, corpus):
+    events = []
+    train(prepared, tmp_path / "run", tell=events.append, evaluation_tokens=64)
+    learned = STEPS * 4 * 32
+    assert 64 < events[-1].score.tokens < 0.1 * learned < corpus.val_bytes
 
 
 def test_a_run_ends_with_its_time_and_its_schedule_with_it(prepared, tmp_path, monkeypatch):
-    now, events = iter(np.arange(0, 1e6, 0.1)), []
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(now)))  # 0.1 s a look
+    now, events = iter(np.arange(0, 1e6, 0.02)), []
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(now)))  # 0.02 s a look
     run = api.train(prepared, out=tmp_path / "run", minutes=0.1, tell=events.append, **SMALL)
     steps = [event for event in events if isinstance(event, Stepped)]
     assert 5.5 < steps[-1].seconds <= 6.1
@@ -181,7 +246,52 @@ def test_what_was_used_before_the_first_step_is_part_of_the_time(prepared, tmp_p
     loop.train(run, plan, corpus, tell=events.append, used=40.0)
     steps = [event for event in events if isinstance(event, Stepped)]
     assert 41 <= steps[0].seconds < 50 and len(steps) < 20
-    assert 57 < run.state(run.steps()[-1])["seconds"] <= 60
+    assert 57 < run.state(run.steps()[-1])["seconds"] <= 61
+
+
+def test_the_schedule_begins_with_the_first_step_whatever_was_used_before(corpus, tmp_path, monkeypatch):
+    config = Config(vocab_size=corpus.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=16)
+    plan = Plan(model=config, context=16, batch_size=2, seconds=60.0, evaluations=0, warmup=0.2)
+    now, events = iter(np.arange(0, 1e6, 0.5)), []
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(now)))
+    loop.train(Run.create(tmp_path / "run", {}), plan, corpus, tell=events.append, used=30.0)
+    steps = [event for event in events if isinstance(event, Stepped)]
+    assert steps[0].learning_rate < 0.3 * plan.learning_rate
+    assert max(step.learning_rate for step in steps) > 0.95 * plan.learning_rate
+    assert steps[0].progress < 0.2 and steps[-1].progress >= 1
+
+
+@pytest.mark.parametrize("step_takes", [0.3, 0.7, 1.1])
+def test_a_run_whose_time_ends_in_a_save_has_its_last_weights_judged(
+    corpus, tmp_path, monkeypatch, step_takes
+):
+    """Each save takes three seconds here, and there is one after every step."""
+    config = Config(vocab_size=corpus.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=16)
+    plan = Plan(
+        model=config, context=16, batch_size=2, seconds=60.0, evaluations=1, average=0.1, save_every=1
+    )
+    now, take_step, save = [0.0], loop._Training.take_step, Run.save
+
+    def slow_step(self, progress):
+        now[0] += step_takes
+        return take_step(self, progress)
+
+    def slow_save(self, *given):
+        now[0] += 3.0
+        return save(self, *given)
+
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loop._Training, "take_step", slow_step)
+    monkeypatch.setattr(Run, "save", slow_save)
+    run, averages = Run.create(tmp_path / "run", {}), []
+    better = loop._Training._better_of_average
+    monkeypatch.setattr(
+        loop._Training, "_better_of_average", lambda self, last: averages.append(1) or better(self, last)
+    )
+    outcome = loop.train(run, plan, corpus)
+    state = run.state(outcome.step)
+    assert state["done"] and state["bits_per_byte"] is not None and run.best() == outcome.step
+    assert averages == [1]
 
 
 def test_the_last_score_is_part_of_the_time(tmp_path, monkeypatch, corpus):
@@ -251,7 +361,7 @@ def test_a_timed_run_that_goes_on_stands_where_it_stood(timed):
     train(events.append)
     first = next(event for event in events if isinstance(event, Stepped))
     assert first.progress > stood.progress and first.seconds > saved["seconds"]
-    assert 57 < run.state(run.steps()[-1])["seconds"] <= 62
+    assert 56 < run.state(run.steps()[-1])["seconds"] <= 62
 
 
 def test_one_step_is_learned_from_though_the_time_was_gone_before_it(corpus, tmp_path):
@@ -676,6 +786,16 @@ def test_changed_data_is_noticed_on_resume(texts, tmp_path):
     assert caught.value.code == "E307"
 
 
+def test_held_out_text_cut_short_while_training_is_e307_not_a_crash(texts, tmp_path):
+    def tell(event):
+        if isinstance(event, Stepped) and event.step == 3:
+            os.truncate(tmp_path / "run" / "data" / "val.bin", 10)
+
+    with pytest.raises(InputError, match=r"val\.bin") as caught:
+        train(texts, tmp_path / "run", tell=tell)
+    assert caught.value.code == "E307"
+
+
 def test_a_state_that_lacks_a_part_is_refused(prepared, tmp_path):
     run = train(prepared, tmp_path / "run", steps=8)
     folder = run.folder(8)
@@ -699,9 +819,11 @@ def test_the_reported_bits_per_byte_are_those_of_the_saved_model(prepared, tmp_p
 
 
 def test_a_plan_survives_being_written_down(prepared, tmp_path):
-    run = train(prepared, tmp_path / "run", steps=2)
+    events = []
+    run = train(prepared, tmp_path / "run", steps=2, tell=events.append)
     plan = api.plan_from_json(json.loads(json.dumps(run.settings["plan"])))
-    assert plan == replace(plan) and plan.steps == 2 and plan.context == 32 and plan.model.max_seq_len == 32
+    assert plan == next(event.plan for event in events if isinstance(event, api.Planned))
+    assert plan.steps == 2 and plan.context == 32 and plan.model.max_seq_len == 32
 
 
 def test_a_signal_before_the_first_step_leaves_a_run_that_can_be_resumed(prepared, tmp_path, uninterrupted):

@@ -755,3 +755,17 @@ def test_a_saved_step_without_all_of_the_memory_is_not_gone_on_from(prepared, tm
     with pytest.raises(InputError, match=r"norm\.weight\.exp_avg_sq") as caught:
         api.resume(run.path)
     assert caught.value.code == "E206"
+
+
+def test_the_average_of_a_very_long_run_begins_with_its_first_step():
+    chosen = plan(average=1.0)
+    model = Llama(chosen.model, seed=1)
+    average = Average(model, chosen)
+    with torch.no_grad():
+        model.norm.weight.fill_(2.0)
+    average.update(model, 1e-18)
+    assert torch.equal(average.weights()["norm.weight"], model.norm.weight)
+    with torch.no_grad():
+        model.norm.weight.fill_(4.0)
+    average.update(model, 2e-18)
+    torch.testing.assert_close(average.weights()["norm.weight"], torch.full_like(model.norm.weight, 3.0))

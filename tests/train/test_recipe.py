@@ -431,15 +431,8 @@ def test_a_text_shorter_than_a_row_is_refused_and_one_token_more_is_taken(tokens
 
 
 def test_more_than_fits_in_memory_is_refused_and_what_fits_is_not(monkeypatch):
-    needed, real = 0, costs.training_bytes
-
-    def training_bytes(*given, **more):
-        nonlocal needed
-        needed = max(needed, real(*given, **more).total)
-        return real(*given, **more)
-
-    monkeypatch.setattr(costs, "training_bytes", training_bytes)
     chosen = planned(size="10M", steps=9)
+    needed = recipe.memory(chosen)
     monkeypatch.setattr(machine, "memory", lambda: (2**36, int(needed / recipe.MEMORY_SHARE * 1.01)))
     assert planned(size="10M", steps=9) == chosen
     monkeypatch.setattr(machine, "memory", lambda: (2**36, int(needed / recipe.MEMORY_SHARE * 0.99)))
@@ -448,6 +441,47 @@ def test_more_than_fits_in_memory_is_refused_and_what_fits_is_not(monkeypatch):
     planned(size="10M", steps=9, settings={"batch_size": chosen.batch_size // 4})
     monkeypatch.setattr(machine, "memory", lambda: (None, None))
     assert planned(size="10M", steps=9) == chosen, "not known is not too little"
+
+
+@pytest.mark.parametrize("available", [2**28, 2**30, 2**32])
+def test_where_no_size_is_asked_for_one_is_chosen_that_fits_in_memory(monkeypatch, available):
+    freely = planned(20_000_000, minutes=10_000)
+    monkeypatch.setattr(machine, "memory", lambda: (2**36, available))
+    chosen = planned(20_000_000, minutes=10_000)
+    assert recipe.memory(chosen) <= recipe.MEMORY_SHARE * available
+    if recipe.memory(freely) > available:
+        assert parameters(chosen) < parameters(freely)
+        refused("E404", text_bytes=20_000_000, minutes=10_000, size=str(parameters(freely)))
+
+
+def test_so_many_steps_or_tokens_are_the_same_on_every_machine(monkeypatch):
+    few = [planned(steps=100), planned(tokens="100k"), planned(tokens="30M")]
+    monkeypatch.setattr(machine, "physical_cores", lambda: 64)
+    monkeypatch.setattr(machine, "logical_cores", lambda: 128)
+    many = [planned(steps=100), planned(tokens="100k"), planned(tokens="30M")]
+    assert [replace(one, threads=2) for one in many] == few
+
+
+def test_threads_beyond_the_cores_promise_nothing(monkeypatch):
+    monkeypatch.setattr(machine, "logical_cores", lambda: 4)
+    speed = Precision("float32", 1e11, 0.0)
+    peaks = [recipe._peak("cpu", "float32", threads, speed) for threads in (1, 2, 4)]
+    assert peaks == [5e10, 1e11, 1e11]
+
+
+def test_a_budget_that_is_used_up_still_has_a_plan_and_a_forecast():
+    chosen = planned(minutes=0.01, used=30.0)
+    told = forecast(chosen, Text(1_000_000, 333_333), 2.0, used=30.0)
+    assert 0 < told.epochs < 0.1 and 2 < told.bits_per_byte < 20
+
+
+def test_the_step_of_a_gpu_is_sized_by_the_speed_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(machine, "has_device", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    speed = Precision("bfloat16", 1e11, 1e12)
+    chosen = planned(2_000_000, minutes=1, device="cuda", speed=speed)
+    seen = recipe._tokens(chosen, 1e12, 0.0)
+    assert chosen.tokens_per_step == pytest.approx(seen / recipe.STEPS, rel=0.3)
 
 
 def test_on_a_gpu_it_is_the_memory_of_the_gpu_that_counts(monkeypatch):
