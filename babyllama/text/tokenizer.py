@@ -15,6 +15,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,10 @@ class Tokenizer:
         core.add_special_tokens([AddedToken(name, special=True) for name in hidden])
         self._marks, self._marked = dict[int, str](), dict[int, int]()
         # SentencePiece puts a space before every text, so that a word has one form wherever it stands.
-        first = core.encode("a", add_special_tokens=False).ids[:1]
-        self._prefixes_space = any(self._pieces[id].startswith(b" ") for id in first)
-        self.puts_bos = core.encode("a").ids[:1] == [self.bos_id]
+        with _panics_told(where):
+            bare, whole = (core.encode("a", add_special_tokens=asked).ids for asked in (False, True))
+        self._prefixes_space = any(self._pieces[id].startswith(b" ") for id in bare[:1])
+        self.puts_bos = whole[:1] == [self.bos_id]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, exact: bool = True) -> "Tokenizer":
@@ -388,15 +390,22 @@ def _names_of_llama_3(path: Path) -> tuple[str, ...]:
     return LLAMA_3_1 if parse(_read(beside), beside).get("use_scaled_rope") else LLAMA_3
 
 
-def _core(data: bytes, layout: Layout, where: object) -> Core:
+@contextmanager
+def _panics_told(where: object) -> Iterator[None]:
+    """What the library says about a file becomes E310; a panic of its Rust side is no Exception."""
     try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        broken(where, f"is not a tokenizer ({str(error)[:200]})")
+
+
+def _core(data: bytes, layout: Layout, where: object) -> Core:
+    with _panics_told(where):
         # First without vocabulary and merges: what is wrong elsewhere is then found with little memory.
         Core.from_str(json.dumps(layout.parts))
         core = Core.from_buffer(data)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of the library's Rust side is no Exception
-        broken(where, f"is not a tokenizer ({str(error)[:200]})")
     core.no_truncation()
     core.no_padding()
     core.encode_special_tokens = True  # what a user types is text, even if it looks like <|eot_id|>
@@ -405,7 +414,8 @@ def _core(data: bytes, layout: Layout, where: object) -> Core:
         if core.token_to_id(token) != id:
             broken(where, f"added token {token!r} has id {id}, but gets {core.token_to_id(token)}")
     control = {id: token for id, token in names.items() if layout.added[id]}
-    encodings = core.encode_batch([*control.values()], add_special_tokens=False)
+    with _panics_told(where):
+        encodings = core.encode_batch([*control.values()], add_special_tokens=False)
     for token, encoding in zip(control.values(), encodings, strict=True):
         if not control.keys().isdisjoint(encoding.ids):
             broken(where, f"a text that holds {token!r} would be encoded as a control token")

@@ -371,13 +371,12 @@ class _Training:
                 if evaluation_due:  # the last one scores the average too
                     self._keep(last_save - now + (self.scoring_seconds if self.average is not None else 0.0))
                 save_due = evaluation_due = False
-        if not self.done and self.progress >= 1:  # time ran out between two steps, or in a save
+        if self.done:
+            return
+        if self.progress >= 1:  # time ran out between two steps, or in a save
             self.evaluate()
             self.save()
-        elif not self.done and self.step not in (
-            0,
-            saved,
-        ):  # at 0 there is nothing that a new start would not make
+        elif self.step not in (0, saved):  # at 0 there is nothing that a new start would not make
             self.save()
 
     def _due(self, before: float, times: int) -> bool:

@@ -368,9 +368,8 @@ def _tokens(plan: Plan, peak: float, used: float) -> float:
     if plan.steps:
         return float(plan.steps * plan.tokens_per_step)
     left = max(0.0, plan.seconds * (1 - OVERHEAD) - used)
-    return max(
-        float(plan.tokens_per_step), left * tokens_per_second(plan, peak)
-    )  # one step is taken in any case
+    # One step is taken in any case
+    return max(float(plan.tokens_per_step), left * tokens_per_second(plan, peak))
 
 
 def _epochs(plan: Plan, text: Text, peak: float, used: float) -> float:

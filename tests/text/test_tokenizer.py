@@ -595,6 +595,21 @@ def test_nothing_at_the_path_is_e310(tmp_path: Path) -> None:
         assert error.value.code == "E310"
 
 
+def test_a_file_at_which_the_library_panics_only_when_it_encodes_is_e310(
+    ours: Tokenizer, tmp_path: Path
+) -> None:
+    """A template without a type is not checked by it, and may name a token that it does not define."""
+    layout = json.loads(ours.files()["tokenizer.json"])
+    layout["post_processor"]["type"] = 255
+    layout["post_processor"]["special_tokens"]["other"] = layout["post_processor"]["special_tokens"].pop(
+        SPECIALS[0]
+    )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        Tokenizer.load(tmp_path)
+    assert error.value.code == "E310"
+
+
 def test_an_id_of_a_billion_is_e310_and_allocates_nothing(ours: Tokenizer, tmp_path: Path) -> None:
     layout = json.loads(ours.files()["tokenizer.json"])
     layout["model"]["vocab"]["zzz"] = 1_000_000_000

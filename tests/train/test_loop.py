@@ -261,34 +261,41 @@ def test_the_schedule_begins_with_the_first_step_whatever_was_used_before(corpus
     assert steps[0].progress < 0.2 and steps[-1].progress >= 1
 
 
-@pytest.mark.parametrize("step_takes", [0.3, 0.7, 1.1])
-def test_a_run_whose_time_ends_in_a_save_has_its_last_weights_judged(
-    corpus, tmp_path, monkeypatch, step_takes
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("step_takes", [0.3, 0.4, 0.7])
+def test_a_run_whose_time_ends_before_a_save_has_its_last_weights_judged(
+    corpus, tmp_path, monkeypatch, step_takes, killed
 ):
-    """Each save takes three seconds here, and there is one after every step."""
+    """Here every step is saved, and seconds pass between the two: the time ends there, most likely."""
     config = Config(vocab_size=corpus.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=16)
     plan = Plan(
         model=config, context=16, batch_size=2, seconds=60.0, evaluations=1, average=0.1, save_every=1
     )
-    now, take_step, save = [0.0], loop._Training.take_step, Run.save
+    now, averages = [0.0], []
+    take_step, better = loop._Training.take_step, loop._Training._better_of_average
 
     def slow_step(self, progress):
         now[0] += step_takes
         return take_step(self, progress)
 
-    def slow_save(self, *given):
-        now[0] += 3.0
-        return save(self, *given)
+    run = Run.create(tmp_path / "run", {})
+
+    def tell(event):
+        if isinstance(event, Stepped):
+            now[0] += 3.0
+        if isinstance(event, Saved) and killed and run.state(event.step)["seconds"] >= 60:
+            raise PulledPlugError
 
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(loop._Training, "take_step", slow_step)
-    monkeypatch.setattr(Run, "save", slow_save)
-    run, averages = Run.create(tmp_path / "run", {}), []
-    better = loop._Training._better_of_average
     monkeypatch.setattr(
         loop._Training, "_better_of_average", lambda self, last: averages.append(1) or better(self, last)
     )
-    outcome = loop.train(run, plan, corpus)
+    if killed:
+        with pytest.raises(PulledPlugError):
+            loop.train(run, plan, corpus, tell=tell)
+        assert averages == [], "the time did not end before a save"
+    outcome = loop.train(run, plan, corpus, tell=lambda event: None if killed else tell(event))
     state = run.state(outcome.step)
     assert state["done"] and state["bits_per_byte"] is not None and run.best() == outcome.step
     assert averages == [1]
