@@ -34,9 +34,6 @@ Add --debug to any command to see where an error comes from."
 )
 
 SIGPIPE = 13  # its number where it exists
-STARTED = (
-    time.perf_counter()
-)  # from here the minutes of a run count: loading PyTorch may take seconds of them
 
 app = typer.Typer(
     help=INTRO,
@@ -111,6 +108,7 @@ def story(
 
     The second time it only tells: another story with another --seed.
     """
+    began = time.perf_counter()  # loading PyTorch may take some seconds of the minutes
     from babyllama import api
     from babyllama.checkpoint.run import RUN_JSON
     from babyllama.terminal import command, console, note
@@ -119,7 +117,7 @@ def story(
         console.print("[bold]A Llama learns to tell fairy tales.[/bold]\n")
         _train_and_show(
             lambda tell, progress: api.train(
-                STORY_TEXT, out=out, minutes=minutes, tell=tell, progress=progress, began=STARTED
+                STORY_TEXT, out=out, minutes=minutes, tell=tell, progress=progress, began=began
             ),
             out,
         )
@@ -193,6 +191,7 @@ def train(
     itself on, trains a tokenizer and a Llama that suit the text and the time, and leaves both in runs/notes. Ctrl-C
     stops and saves; [bold]babyllama train --resume runs/notes[/bold] goes on.
     """
+    began = time.perf_counter()  # loading PyTorch may take some seconds of the minutes
     from babyllama import api
 
     reading = _given(field=field, encoding=encoding, on_bad_text=on_bad_text)
@@ -225,9 +224,7 @@ def train(
     out = out or Path("runs") / _name_of(text)
     options = {**run, **reading, **_settings(settings or [])}
     _train_and_show(
-        lambda tell, progress: api.train(
-            text, out=out, tell=tell, progress=progress, began=STARTED, **options
-        ),
+        lambda tell, progress: api.train(text, out=out, tell=tell, progress=progress, began=began, **options),
         out,
     )
 
