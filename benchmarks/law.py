@@ -22,7 +22,7 @@ import sympy
 from babyllama.checkpoint.run import Run
 from babyllama.data.corpus import Corpus
 from babyllama.train import law
-from babyllama.train.recipe import multiplied, plan_from_json
+from babyllama.train.recipe import TOKENS_PER_PARAMETER, multiplied, plan_from_json
 
 CODE = Path(sympy.__file__).parent / "physics"
 TEXTS = {"fairy-tales": "fairy-tales", "shakespeare": "shakespeare", "sympy-physics": str(CODE)}
@@ -30,8 +30,8 @@ SIZES = {20.0: ("200k", "600k", "1.2M"), 60.0: ("600k", "1.2M", "3M"), 180.0: ("
 OUT = "runs/ablations"
 
 
-def own_runs(fresh: bool, longer: float, jobs: int) -> list[law.Reached]:
-    """Make the runs of TEXTS and SIZES that are missing, and return all of them; `fresh`: of this version's alone."""
+def make_runs(fresh: bool, longer: float, jobs: int) -> None:
+    """Make the runs of TEXTS and SIZES that are missing; `fresh`: those of other versions of the code do not count."""
     for text in TEXTS.values():
         for seconds, sizes in SIZES.items():
             cells = [argument for size in sizes for argument in ("--cell", f"{size}: size={size}")]
@@ -39,20 +39,31 @@ def own_runs(fresh: bool, longer: float, jobs: int) -> list[law.Reached]:
             ablate.main(
                 ["law", *cells, *where, "--jobs", str(jobs), "--out", OUT, *(["--anew"] if fresh else [])]
             )
+
+
+def made_runs(fresh: bool) -> list[law.Reached]:
+    """What was made so far, but for models too large for their time, which the recipe would not choose."""
     found, hard, names = [], {}, {text: name for name, text in TEXTS.items()}
     for line in ablate.read_lines(Path(OUT) / "law.jsonl"):
-        if "bits_per_byte" in line and line["text"] in names and (not fresh or line["code"] == ablate.code()):
-            corpus = ablate.prepared({"text": line["text"], "data": f"{OUT}/data"}, None)
-            hard.setdefault(line["text"], hardness(corpus))
-            run = law.Reached(
-                text=names[line["text"]],
-                hardness=hard[line["text"]],
-                parameters=line["multiplied"],
-                text_bytes=corpus.train_bytes,
-                epochs=line["epochs"],
-                bits_per_byte=line["bits_per_byte"],
-            )
-            found.append(run)
+        if "bits_per_byte" not in line or line["text"] not in names:
+            continue
+        if fresh and line["code"] != ablate.code():
+            continue
+        corpus = ablate.prepared({"text": line["text"], "data": f"{OUT}/data"}, None)
+        tokens = line["epochs"] * len(corpus.train_ids)
+        if tokens < TOKENS_PER_PARAMETER * line["parameters"]:
+            continue
+        if line["text"] not in hard:
+            hard[line["text"]] = hardness(corpus)
+        run = law.Reached(
+            text=names[line["text"]],
+            hardness=hard[line["text"]],
+            parameters=line["multiplied"],
+            text_bytes=corpus.train_bytes,
+            epochs=line["epochs"],
+            bits_per_byte=line["bits_per_byte"],
+        )
+        found.append(run)
     return found
 
 
@@ -104,9 +115,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, each on a core of its own")
     given = parser.parse_args(arguments)
     kept = law.read()[1] if law.LAW.exists() and not given.fresh else []
-    new = [finished(path) for path in given.runs] + (
-        [] if given.fit else own_runs(given.fresh, given.longer, given.jobs)
-    )
+    new = [finished(path) for path in given.runs]
+    if not given.fit:
+        make_runs(given.fresh, given.longer, given.jobs)
+        new += made_runs(given.fresh)
     runs = [run for run in kept if run not in new] + new
     fitted = law.fit(runs)
     law.write(fitted, runs)

@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ablate
+import law
 import peers
 import training
 from ablate import Cell
@@ -329,6 +330,29 @@ def test_an_ablation_runs_and_names_what_it_does_not_know(text, tmp_path):
     again = run("ablate.py", "mine", "--text", str(text), *size, *cells[:2])
     assert rows(again.stdout)["tied"] == found["tied"]
     assert len((tmp_path / "mine.jsonl").read_text().splitlines()) == 3  # nothing was run again
+
+
+def test_the_law_is_fitted_to_runs_of_this_code_that_the_recipe_might_have_made(tmp_path, monkeypatch):
+    def line(**more: object) -> str:
+        told = {
+            "text": "fairy-tales",
+            "bits_per_byte": 1.8,
+            "epochs": 1.0,
+            "parameters": 10**6,
+            "multiplied": 9,
+        }
+        return json.dumps(told | {"code": "now"} | more)
+
+    lines = [line(), line(code="before"), line(epochs=0.9), line(text="another"), line(bits_per_byte=1.7)]
+    monkeypatch.setattr(law, "OUT", str(tmp_path))
+    (tmp_path / "law.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    tokens = int(recipe.TOKENS_PER_PARAMETER * 10**6)
+    corpus = SimpleNamespace(train_ids=range(tokens), train_bytes=5, val_ids=[])
+    monkeypatch.setattr(ablate, "prepared", lambda request, vocab_size: corpus)
+    monkeypatch.setattr(ablate, "code", lambda: "now")
+    monkeypatch.setattr(law, "hardness", lambda corpus: 2.0)
+    assert [run.bits_per_byte for run in law.made_runs(fresh=True)] == [1.8, 1.7]
+    assert [run.bits_per_byte for run in law.made_runs(fresh=False)] == [1.8, 1.8, 1.7]
 
 
 # ---- ablations: arithmetic
