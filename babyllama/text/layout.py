@@ -31,6 +31,7 @@ PRE_TOKENIZERS = {"Sequence", "Split", "ByteLevel", "Digits", "Metaspace"}
 MOST_STEPS = 16
 MOST_QUOTES = 2 * LARGEST_VOCAB + 4 * MOST_MERGES + 2**19  # of tokens, of merges, of all else
 LARGEST_BESIDE = 2 * 2**20  # bytes of another JSON file, with a chat template in it
+MOST_VALUES = 2**18  # in it: Python may keep 70 bytes of each
 LARGEST_REST = 2**20  # bytes of all but vocabulary and merges; Llama 3's has 60,000
 
 
@@ -125,6 +126,8 @@ def read_layout(data: bytes, where: object) -> Layout:
 def parse(data: bytes, where: object) -> dict[str, Any]:
     if len(data) > LARGEST_BESIDE:
         broken(where, f"has {len(data)} bytes of JSON, more than {LARGEST_BESIDE}")
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        broken(where, f"holds more than {MOST_VALUES} values")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
