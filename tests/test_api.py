@@ -407,7 +407,7 @@ def trained(tmp_path_factory):
     run = babyllama.train(
         folder / "book.txt", out=folder / "run", steps=6, size="100k", device="cpu", vocab_size=300,
         tell=events.append, context=32, batch_size=4, threads=1, precision="float32", save_every=2,
-        evaluations=2, evaluation_tokens=200,
+        evaluations=2, evaluation_tokens=10**6,
     )  # fmt: skip
     return run, events
 
