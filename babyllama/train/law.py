@@ -25,9 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LAW = Path(__file__).with_name("law.json")
-MOST_TOKENS = (
-    1_000_000  # of the training text that the table is made of: with more, a long text would seem easy
-)
+MOST_TOKENS = 1_000_000  # of the training text, for the table: with more, a long text would seem easy
 WIDTH_POWER, DATA_POWER, REUSE = 0.34, 0.28, 15.0
 
 

@@ -41,7 +41,7 @@ RECORDS = 200  # steps that metrics.jsonl tells of, evenly over a run
 TRAINED = "tok_embeddings.weight.trained"  # as the optimiser has it, where the model's file has it folded
 LAST_SHARE = 0.02  # of a time budget, at most, for the score of the last weights
 LAST_TOKENS = (
-    0.05  # where steps end a run: of the tokens that it learned from, at most, are scored at the end
+    0.05  # of those that a run of so many steps learned from: as many, at most, are scored at its end
 )
 MOST_RESERVED = 0.25  # of a time budget, for all that comes after the last step
 SKIPS = 3  # steps in a row that are not finite; that many end the run

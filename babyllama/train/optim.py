@@ -144,12 +144,8 @@ class Muon:
 
     @torch.no_grad()
     def _update(self, i: int, rate: float, decay: float) -> None:
-        batch, momentum, second, beta = (
-            self.batches[i],
-            self.momenta[i],
-            self.second_moments[i],
-            self.plan.momentum,
-        )
+        batch, momentum, second = self.batches[i], self.momenta[i], self.second_moments[i]
+        beta = self.plan.momentum
         gradients = torch.stack([gradient(weight) for weight in batch.values()])  # (N, out, in)
         momentum.lerp_(gradients, 1 - beta)
         updates = orthogonalize(gradients.lerp_(momentum, beta), self.dtype)

@@ -245,10 +245,8 @@ def _for_model(
     steps, seconds = until.steps, until.seconds
     seen = until.tokens
     if not seen:  # without Muon, which takes time of its own
-        device = settings["device"]
-        bare = Plan(
-            model=model, context=context, batch_size=1, seconds=seconds, steps=steps, threads=1, device=device
-        )
+        asked_for = {"seconds": seconds, "steps": steps, "device": settings["device"]}
+        bare = Plan(model=model, context=context, batch_size=1, threads=1, **asked_for)
         seen = _tokens(bare, peak, used)
     largest = LARGEST_STEP * width if settings["device"] == "cpu" else 2**16
     least = max(512, min(MUON_STEP * width, seen / FEWEST_STEPS))
