@@ -26,7 +26,7 @@ CODES = {
     "E202": "config.json is not the configuration of a Llama",
     "E203": "tensors are missing, unexpected or of the wrong shape",
     "E204": "contents differ from their sha256 in manifest.json",
-    "E205": "a file is missing, cut short or too long",
+    "E205": "a file is missing, cut short or too long, or its disk fails",
     "E206": "manifest.json, run.json or state.json cannot be used",
     "E207": "a run has no intact saved step",
     "E208": "written by a newer version of Baby Llama",

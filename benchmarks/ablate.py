@@ -478,10 +478,15 @@ def order(cells: list[Cell], seeds: int) -> list[tuple[Cell, int]]:
     return turns
 
 
+def results(path: Path, given: argparse.Namespace) -> list[Line]:
+    """The results in a file that count; with --anew, those of the package as it is now."""
+    version = code()
+    return [line for line in read_lines(path) if not given.anew or line.get("code") == version]
+
+
 def measure(cells: list[Cell], where: Line, given: argparse.Namespace, path: Path) -> dict[str, str]:
     """Run what the file does not hold yet. Returns the cells that this version does not know, with the reason."""
-    version = code()
-    lines = [line for line in read_lines(path) if not given.anew or line.get("code") == version]
+    version, lines = code(), results(path, given)
     missing = [
         (cell, seed)
         for cell, seed in order(cells, given.seeds)
@@ -613,7 +618,7 @@ def main(arguments: list[str] | None = None) -> None:
         for seconds in given.seconds:
             where = {"text": text, "seconds": seconds, "clock": given.clock, "base": given.base}
             refused = {} if given.table else measure(cells, where, given, path)
-            print(f"\n{table(read_lines(path), cells, where, refused)}", flush=True)
+            print(f"\n{table(results(path, given), cells, where, refused)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ import peers
 import torch
 from shapes import SHAPES, Shape, training_flops
 
-from babyllama import machine
+from babyllama import costs, machine
 
 PEAK_SIZE = 2048  # of the bare matrix product
 POINTS = 8  # of a curve
@@ -319,9 +319,12 @@ def _run_ours(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         corpus = prepare(request["train"], Path(folder) / "data", val_fraction=OWN_VALIDATION)
-        if request["rate"] != 1.0:  # a multiple of the rate that the plan would take
-            with clock.stopped():
-                plan = plan_of(corpus, request)
+        size: str | None = None
+        with clock.stopped():
+            if request["planned_minutes"] != request["minutes"]:  # tuned in less time than the run will have
+                size = str(costs.parameters(plan_of(corpus, request, request["planned_minutes"]).model).total)
+            if request["rate"] != 1.0:  # a multiple of the rate that the plan would take
+                plan = plan_of(corpus, request, request["minutes"], size)
                 settings["learning_rate"] = plan.learning_rate * request["rate"]
         budget, start, cold_start = _budget(request, clock), clock.now(), clock.cold()
 
@@ -331,7 +334,7 @@ def _run_ours(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
             elif isinstance(event, loop.Stepped):
                 seen.update(step=event.step, seconds=event.seconds, warm=clock.now())
                 seen.setdefault("first", (event.seconds, clock.now()))
-            elif isinstance(event, loop.Saved) and event.step not in [each["steps"] for each in curve]:
+            elif isinstance(event, loop.Saved):
                 with clock.stopped():
                     llama = api.load(event.folder)
                     bits = llama.bits_per_byte(hold_out)
@@ -346,6 +349,7 @@ def _run_ours(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
                 Path(folder) / "data",
                 out=out,
                 minutes=budget / 60,
+                size=size,
                 seed=request["seed"],
                 device="cpu",
                 tell=hear,
@@ -371,14 +375,15 @@ def _run_ours(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
     }
 
 
-def plan_of(corpus: Any, request: dict[str, Any]) -> Any:
+def plan_of(corpus: Any, request: dict[str, Any], minutes: float, size: str | None = None) -> Any:
     from babyllama.train import recipe
 
     return recipe.plan(
         vocab_size=corpus.vocab_size,
         text_bytes=corpus.train_bytes,
         train_tokens=len(corpus.train_ids),
-        minutes=request["minutes"],
+        minutes=minutes,
+        size=size,
         seed=request["seed"],
         device="cpu",
         settings={"threads": request["threads"]},
@@ -422,7 +427,7 @@ def quality(given: argparse.Namespace) -> None:
     inner = write_split(Path(whole["train"]).read_bytes(), out / "tuning") if given.tune else {}
     pythons = dict(each.split("=", 1) for each in given.python)
     results: list[dict[str, Any]] = []
-    done, codes = ablate.read_lines(out / "runs.jsonl"), {True: ablate.code(), False: peers_code()}
+    done, codes = ablate.read_lines(out / "runs.jsonl"), {ours: code(ours) for ours in (True, False)}
     if not (measured := out / "speed.json").exists():
         measured.write_text(json.dumps(asdict(machine.measure_precision("cpu"))), encoding="utf-8")
     speed = json.loads(measured.read_text(encoding="utf-8"))
@@ -439,9 +444,11 @@ def quality(given: argparse.Namespace) -> None:
         """One run, or what an earlier call of this program found under the same conditions."""
         key = {"name": name, "minutes": minutes, "rate": rate, "seed": seed, "clock": given.clock}
         key |= {"threads": torch.get_num_threads(), "points": points}
-        key |= {"planned_minutes": planned_minutes or minutes, "python": pythons.get(name, "")}
+        recipe = peers.QUALITY[name]  # which may have a shape of its own, whatever the minutes are
+        key |= {"planned_minutes": minutes if recipe.shape else planned_minutes or minutes}
+        key["python"] = pythons.get(name, "")
         key["text"] = hashlib.sha256(Path(paths["train"]).read_bytes()).hexdigest()[:8]
-        key["code"] = codes[peers.QUALITY[name].model == "babyllama"]
+        key["code"] = codes[recipe.model == "babyllama"]
         for line in done:
             if all(line.get(name) == value for name, value in key.items()):
                 return line
@@ -491,14 +498,12 @@ def best_rate(bits: dict[float, float]) -> float:
     return min(bits, key=lambda rate: bits[rate] if math.isfinite(bits[rate]) else math.inf)
 
 
-def peers_code() -> str:
-    """Names the code that a peer's run rests on."""
-    here = Path(__file__).parent
+def code(ours: bool) -> str:
+    """Names the code that one of our runs rests on, or a peer's."""
+    here, package = Path(__file__).parent, ablate.PACKAGE
     paths = [here / f"{name}.py" for name in ("training", "peers", "shapes")]
-    paths += [
-        ablate.PACKAGE / f"{name}.py"
-        for name in ("model", "data/batches", "text/tokenizer", "train/evaluate", "train/recipe")
-    ]
+    of_peers = "costs machine model data/batches data/corpus text/tokenizer train/evaluate train/recipe"
+    paths += sorted(package.rglob("*.py")) if ours else [package / f"{name}.py" for name in of_peers.split()]
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:8]
 
 

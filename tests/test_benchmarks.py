@@ -279,7 +279,7 @@ def test_the_best_rate_is_tuned_for_the_model_of_the_whole_run(text, tmp_path, m
     call += ["--only", "nanoGPT", "llama2.c", "--out", str(tmp_path)]
     training.main(call)
     tuning, runs = asked[:10], asked[10:]
-    assert {(one["minutes"], one["planned_minutes"], one["seed"]) for one in tuning} == {(1, 15, 1)}
+    assert {(one["minutes"], one["planned_minutes"], one["seed"]) for one in tuning} == {(1, 1, 1)}
     assert [(one["name"], one["seed"]) for one in runs] == [
         ("nanoGPT", 1), ("llama2.c", 1), ("nanoGPT", 2), ("llama2.c", 2),
     ]  # fmt: skip
@@ -292,12 +292,17 @@ def test_the_best_rate_is_tuned_for_the_model_of_the_whole_run(text, tmp_path, m
     assert "nanoGPT, 15 minutes, rate 0.0003 (tuned at 1): median 2.1000, 2.1000 to 2.1000, 2 seeds" in lines
     training.main(call)
     assert len(asked) == 14  # nothing was run again
-    monkeypatch.setattr(training, "peers_code", lambda: "later")
+    monkeypatch.setattr(training, "code", lambda ours: "later")
     training.main(call)
     assert len(asked) == 28
+    asked.clear()
+    call[call.index("--only") + 1 : call.index("--out")] = ["babyllama", "transformers float32"]
+    training.main(call)
+    assert {(one["minutes"], one["planned_minutes"]) for one in asked} == {(1, 15), (15, 15)}
 
 
-def test_a_slower_peer_may_have_a_smaller_model():
+def test_a_slower_peer_may_have_a_smaller_model(monkeypatch):
+    monkeypatch.setattr(machine, "physical_cores", lambda: 2)
     request = {
         "planned_minutes": 3,
         "threads": 1,
@@ -427,6 +432,7 @@ def test_an_interrupted_ablation_goes_on_where_it_stopped(tmp_path, monkeypatch)
     monkeypatch.setattr(ablate, "ask", lambda *of: {"plan": {}} if of[0]["do"] == "head" else ask(*of))
     ablate.measure(CELLS, WHERE, options, path)
     assert [settings for settings, _ in asked] == [{}, clip, shape]
+    assert {line["code"] for line in ablate.results(path, options)} == {"a later version"}
 
 
 def test_two_jobs_share_the_work(tmp_path, monkeypatch):
@@ -454,6 +460,7 @@ LENGTHS = {"text_bytes": 1_900_000, "train_tokens": 550_000}  # about those of t
 def first(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A request for cells of a run of so many seconds, with what `ablate.first_plan` would put into it."""
     monkeypatch.setattr(machine, "measure_precision", lambda device: machine.Precision(**SPEED))
+    monkeypatch.setattr(machine, "physical_cores", lambda: 2)
     corpus = SimpleNamespace(vocab_size=2048, train_bytes=LENGTHS["text_bytes"], val_bytes=1000)
     corpus.train_ids = range(LENGTHS["train_tokens"])
     monkeypatch.setattr(ablate, "prepared", lambda request, vocab_size: corpus)

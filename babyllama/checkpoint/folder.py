@@ -77,7 +77,8 @@ def verify_folder(folder: Path) -> dict[str, Any]:
     """The manifest of `folder`, after every file in it was read and found to be what the manifest says.
 
     Raises InputError E206 (no usable manifest), E208 (written by a newer version), E205 (a file is missing, cut short
-    or too long, or the disk cannot read it) or E204 (contents changed), each naming the file.
+    or too long, or its disk fails) or E204 (contents changed), each naming the file; MachineError E403 when one may not
+    be read, or not now.
     """
     try:
         return _verified(folder)
@@ -275,15 +276,25 @@ def refused(error: OSError, path: Path, needed: int = 0) -> MachineError:
         "E403",
         str(path),
         f"{error.strerror or error}",
-        "check that the folder exists and is yours to write, or choose another",
+        (
+            "close what holds many files open, and repeat"
+            if error.errno in (errno.EMFILE, errno.ENFILE)
+            else "check that the folder exists and is yours to write, or choose another"
+        ),
     )
 
 
 def unreadable(error: OSError, path: Path) -> BabyLlamaError:
-    """The coded error for a file that is there and could not be read: it may not be (E403) or its disk fails (E205)."""
-    if isinstance(error, PermissionError):
+    """The coded error for a file that is there and could not be read.
+
+    E205 when its disk fails: the file is lost. E403 for all else, which may pass: it may not be read, or too many files
+    are open; what is there is not to be taken for damaged, and removed.
+    """
+    failing = (errno.EIO, getattr(errno, "EUCLEAN", errno.EIO), getattr(errno, "EBADMSG", errno.EIO))
+    if error.errno not in failing:
         return refused(error, path)
-    return InputError("E205", str(path), f"cannot be read ({error.strerror or error})", FROM_ELSEWHERE)
+    found = f"cannot be read ({error.strerror or error})"
+    return InputError("E205", str(path), found, "take another copy of it: its disk fails")
 
 
 def _write_durably(path: Path, parts: Iterable[bytes]) -> None:

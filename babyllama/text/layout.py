@@ -127,7 +127,7 @@ def parse(data: bytes, where: object) -> dict[str, Any]:
     if len(data) > LARGEST_BESIDE:
         broken(where, f"has {len(data)} bytes of JSON, more than {LARGEST_BESIDE}")
     if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
-        broken(where, f"holds more than {MOST_VALUES} values")
+        broken(where, f"holds more than {MOST_VALUES} commas and brackets, each of which may begin a value")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8

@@ -40,9 +40,7 @@ OPTIMIZER = "optim.safetensors"
 RECORDS = 200  # steps that metrics.jsonl tells of, evenly over a run
 TRAINED = "tok_embeddings.weight.trained"  # as the optimiser has it, where the model's file has it folded
 LAST_SHARE = 0.02  # of a time budget, at most, for the score of the last weights
-LAST_TOKENS = (
-    0.05  # of those that a run of so many steps learned from: as many, at most, are scored at its end
-)
+LAST_TOKENS = 0.05  # of what a run of steps learned from, at most, for that; but evaluation_tokens always
 MOST_RESERVED = 0.25  # of a time budget, for all that comes after the last step
 SKIPS = 3  # steps in a row that are not finite; that many end the run
 
@@ -98,9 +96,7 @@ class Outcome:
     """How a run ended: finished, or stopped by a signal with everything saved."""
 
     step: int
-    score: (
-        Score | None
-    )  # in float32, over all of the validation text or what the time allows; None when stopped
+    score: Score | None  # in float32, over all of the validation text or a part; None when stopped
     stopped_by: int | None  # signal number
 
 
@@ -126,9 +122,9 @@ def train(
     `tell` hears of every step; `sample` writes a text with the model at each evaluation; `used` seconds of a new run's
     budget are gone already. The caller holds the lock.
 
-    Raises InputError E207 (no saved step is intact; or E2xx for the `step` asked for), NumericalError E501 (SKIPS steps
-    in a row, or the weights themselves, are not finite; what was saved stays), MachineError E401, E403 (cannot save),
-    E404 (memory).
+    Raises InputError E207 (no saved step is intact; or E2xx for the `step` asked for), E205 (a step cannot be read back
+    after it was saved), E307 (the prepared text has become shorter), NumericalError E501 (SKIPS steps in a row, or the
+    weights themselves, are not finite; what was saved stays), MachineError E401, E403 (cannot save), E404 (memory).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
@@ -138,7 +134,10 @@ def train(
             training.run_from(step, caught)
         if caught:
             return Outcome(training.step, None, caught[0])
-        return training.finish()  # everything is saved: a signal may end it
+        try:
+            return training.finish()
+        except KeyboardInterrupt:  # everything is saved; resumed, it is scored again
+            return Outcome(training.step, None, signal.SIGINT)
     except (RuntimeError, MemoryError) as error:
         if "allocate" in str(error) or isinstance(error, MemoryError | torch.OutOfMemoryError):
             if plan.batch_size > 1:
@@ -192,7 +191,7 @@ class _Training:
             self._take(model)
         else:
             self._load(wanted)
-        self._forget_metrics_after(self.step)
+        self._keep_metrics(lambda line: line.get("step", 0) <= self.step)  # later steps will be told again
         self.tell(Started(self.step, tuple(passed_over)))
         for problem in passed_over:
             self._record(
@@ -333,10 +332,9 @@ class _Training:
         recent = [(time.perf_counter(), self.step)]
         last_save, saved = time.perf_counter(), self.step
         save_due = evaluation_due = False
-        while not self.done and (self.progress < 1 or self.step == 0) and not caught:
-            before = (
-                min(self.progress, 0.5) if self.step == 0 else self.progress
-            )  # one step is taken, whatever is left
+        while not self.done and not caught:
+            # Once the time is over one more step is taken, so that there is one to be judged and saved as the last.
+            before = min(self.progress, 0.5 if self.step == 0 else 1.0)
             loss, norm = self.take_step(before)
             self.step += 1
             self.evaluated = None
@@ -371,12 +369,8 @@ class _Training:
                 if evaluation_due:  # the last one scores the average too
                     self._keep(last_save - now + (self.scoring_seconds if self.average is not None else 0.0))
                 save_due = evaluation_due = False
-        if self.done:
-            return
-        if self.progress >= 1:  # time ran out between two steps, or in a save
-            self.evaluate()
-            self.save()
-        elif self.step not in (0, saved):  # at 0 there is nothing that a new start would not make
+        # What a signal stopped is saved; not step 0, which a new start would make.
+        if not self.done and self.step not in (0, saved):
             self.save()
 
     def _due(self, before: float, times: int) -> bool:
@@ -434,6 +428,7 @@ class _Training:
         """Score the last weights in float32: on all of the validation text, or a part that takes little of the run."""
         whole = self._score(self.model, self.last_tokens)
         self._tick()
+        self._keep_metrics(lambda line: line.get("event") != "finished")  # of an earlier time
         self._record(event="finished", step=self.step, seconds=self.seconds, **asdict(whole))
         return Outcome(self.step, whole, None)
 
@@ -536,11 +531,10 @@ class _Training:
         with suppress(OSError):
             self.run.record(**values)
 
-    def _forget_metrics_after(self, step: int) -> None:
-        """Remove what will be told again: lines of later steps, the last score, and lines that were damaged."""
+    def _keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Remove the other lines of metrics.jsonl, and those that were damaged."""
         path = self.run.path / METRICS
-        told = [line for line in self.run.metrics() if line.get("event") != "finished"]
-        kept = [line for line in told if line.get("step", 0) <= step]
+        kept = [line for line in self.run.metrics() if isinstance(line.get("step", 0), int) and wanted(line)]
         with suppress(OSError, MachineError):  # as _record
             if path.exists() and len(kept) < len(path.read_bytes().splitlines()):
                 replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

@@ -4,6 +4,7 @@ The rules are few and each stands beside its number; all of them can be overridd
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
@@ -75,7 +76,7 @@ class Plan:
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; everything else is float32
     threads: int = 1
     evaluations: int = 8  # during the run, evenly, each with a sample of text and a save
-    evaluation_tokens: int = 16384  # scored at each of them; at the end all, or what the time allows
+    evaluation_tokens: int = 16384  # scored at each of them; at the end all, or as loop.py decides
     save_every: int = 0  # steps between saves besides; 0: every `save_seconds`
     save_seconds: float = 300.0
 
@@ -197,13 +198,12 @@ def plan(
         wished = parse_count("--size", size)
         chosen = min(plans, key=lambda one: abs(math.log(costs.parameters(one.model).total / wished)))
     else:
-        available = machine.free_memory(device)
         fitting = [
             one
             for one in plans
             if costs.parameters(one.model).total <= PARAMETERS_PER_BYTE * text_bytes
             and _tokens(one, peak, used) >= TOKENS_PER_PARAMETER * costs.parameters(one.model).total
-            and (available is None or memory(one) <= MEMORY_SHARE * available)
+            and not any(_too_much(one))
         ]
         chosen = fitting[-1] if fitting else plans[0]
     _check_memory(chosen)
@@ -333,7 +333,7 @@ def forecast(
         epochs=_epochs(plan, text, peak, used),
         bits_per_byte=hardness * _bits(plan, text, peak, used, numbers),
         spread=numbers.spread,
-        bytes=memory(plan),
+        bytes=memory(plan)[plan.device],
         enough_minutes=_enough(plan, text, peak, numbers),
     )
 
@@ -459,9 +459,12 @@ def _typed(settings: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def memory(plan: Plan) -> int:
-    """Bytes that training by this plan holds at the most: in a save, of which all files are made before one is written,
-    and the optimiser's twice while it is put together."""
+def memory(plan: Plan) -> dict[str, int]:
+    """Bytes that training by this plan holds at the most, by the device that holds them.
+
+    That is in a save: all of its files are made, in the memory of the CPU, before one is written, and the optimiser's
+    twice while it is put together.
+    """
     held = costs.training_bytes(
         plan.model,
         plan.batch_size,
@@ -473,15 +476,25 @@ def memory(plan: Plan) -> int:
         average=plan.average > 0,
         embedding_norm=plan.embedding_norm,
     )
-    return held.total + held.weights + 2 * held.optimizer
+    if plan.device.startswith("cuda"):
+        return {plan.device: held.total, "cpu": 2 * (held.weights + held.optimizer)}
+    return {plan.device: held.total + held.weights + 2 * held.optimizer}
+
+
+def _too_much(plan: Plan) -> Iterator[tuple[str, int, int]]:
+    """The devices whose memory is too small for a plan, with the bytes that it needs there and those that are free."""
+    for device, needed in memory(plan).items():
+        available = machine.free_memory(device)
+        if available is not None and needed > MEMORY_SHARE * available:
+            yield device, needed, available
 
 
 def _check_memory(plan: Plan) -> None:
-    available, needed = machine.free_memory(plan.device), memory(plan)
-    if available is not None and needed > MEMORY_SHARE * available:
-        found = f"training would need {needed / 2**30:,.1f} GiB, {available / 2**30:,.1f} GiB are free"
+    for device, needed, available in _too_much(plan):
+        where = f" of the {'GPU' if device.startswith('cuda') else 'CPU'}" if "cuda" in plan.device else ""
+        found = f"training would need {needed / 2**30:,.1f} GiB, {available / 2**30:,.1f} GiB{where} are free"
         fix = "take a smaller --size"
-        if plan.batch_size > 1:
+        if plan.batch_size > 1 and device == plan.device:
             fix += f", or fewer rows at once:  --set batch_size={max(1, plan.batch_size // 4)}"
         raise MachineError("E404", "the plan", found, fix)
 

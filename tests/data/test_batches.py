@@ -141,7 +141,7 @@ def test_sizes_below_one_are_e102(context: int, batch_size: int) -> None:
     assert error.value.code == "E102"
 
 
-def test_epochs_are_counted() -> None:
+def test_three_passes_show_every_target_three_times() -> None:
     batches = Batches(np.arange(101), context=10, batch_size=3)
     assert batches.windows == 10
     seen = np.concatenate([batches.batch(step)[1].ravel() for step in range(10)])  # three passes

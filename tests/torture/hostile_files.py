@@ -367,10 +367,8 @@ def torture(folder: Path, count: int, seed: int) -> Tally:
     torch.set_num_threads(1)
     tally, kept = Tally(), Path(tempfile.gettempdir()) / f"hostile-files-{seed}"
     for target in targets(folder):
-        before, cases = (
-            resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime,
-            math.ceil(count / target.sharing),
-        )
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        cases = math.ceil(count / target.sharing)
         score, failures = tried(target, cases, seed, folder, kept)
         seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
         _, refused, opened, slowest, most = score.tolist()

@@ -128,6 +128,27 @@ def test_a_step_that_the_disk_cannot_read_is_passed_over(prepared, tmp_path, uni
     assert final(run) == final(uninterrupted)
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EACCES])
+def test_a_step_that_cannot_be_read_just_now_ends_the_attempt_and_is_kept(
+    prepared, tmp_path, uninterrupted, monkeypatch, number
+):
+    with pytest.raises(PulledPlugError):
+        train(prepared, tmp_path / "run", tell=stop_at(17))
+    run, read = Run(tmp_path / "run"), folder.file_sha256
+
+    def fails(path):
+        if path == run.folder(16) / "optim.safetensors":
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "file_sha256", fails)
+        with pytest.raises(BabyLlamaError) as caught:
+            api.resume(run.path)
+    assert caught.value.code == "E403" and run.newest_intact() == (16, [])
+    assert final(api.resume(run.path)) == final(uninterrupted)
+
+
 def test_damaged_metrics_do_not_keep_a_run_from_going_on(prepared, tmp_path, uninterrupted):
     with pytest.raises(PulledPlugError):
         train(prepared, tmp_path / "run", tell=stop_at(9))
@@ -199,10 +220,26 @@ def test_a_finished_run_resumed_is_scored_again_and_not_trained(uninterrupted):
     assert [line["event"] for line in uninterrupted.metrics()].count("finished") == 1
 
 
+def test_the_last_score_stays_in_the_metrics_until_there_is_another(prepared, tmp_path):
+    run = train(prepared, tmp_path / "run")
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "step", "step": null}\n')  # damaged, and JSON all the same
+
+    def stop(event):
+        raise PulledPlugError
+
+    with pytest.raises(PulledPlugError):
+        api.resume(run.path, tell=stop)
+    assert [line["event"] for line in run.metrics()].count("finished") == 1
+    api.resume(run.path)
+    assert [line["event"] for line in run.metrics()].count("finished") == 1
+    assert all(line["step"] is not None for line in run.metrics())
+
+
 def test_a_signal_during_the_last_score_ends_the_run_at_once_and_loses_nothing(
     prepared, tmp_path, uninterrupted
 ):
-    score = loop._Training.finish
+    score, events = loop._Training.finish, []
 
     def finish(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -210,9 +247,9 @@ def test_a_signal_during_the_last_score_ends_the_run_at_once_and_loses_nothing(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop._Training, "finish", finish)
-        with pytest.raises(KeyboardInterrupt):
-            train(prepared, tmp_path / "run")
-    events = []
+        train(prepared, tmp_path / "run", tell=events.append)
+    assert events[-1] == loop.Outcome(STEPS, None, signal.SIGINT)
+    events.clear()
     run = api.resume(tmp_path / "run", tell=events.append)
     assert not any(isinstance(event, Stepped) for event in events) and events[-1].score is not None
     assert final(run) == final(uninterrupted)
@@ -266,7 +303,10 @@ def test_the_schedule_begins_with_the_first_step_whatever_was_used_before(corpus
 def test_a_run_whose_time_ends_before_a_save_has_its_last_weights_judged(
     corpus, tmp_path, monkeypatch, step_takes, killed
 ):
-    """Here every step is saved, and seconds pass between the two: the time ends there, most likely."""
+    """Here every step is saved, and seconds pass between the two: the time ends there, most likely.
+
+    Then one more step is taken: a step that was saved is never saved again, since that would remove it first.
+    """
     config = Config(vocab_size=corpus.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=16)
     plan = Plan(
         model=config, context=16, batch_size=2, seconds=60.0, evaluations=1, average=0.1, save_every=1
@@ -278,11 +318,13 @@ def test_a_run_whose_time_ends_before_a_save_has_its_last_weights_judged(
         now[0] += step_takes
         return take_step(self, progress)
 
-    run = Run.create(tmp_path / "run", {})
+    run, saved = Run.create(tmp_path / "run", {}), []
 
     def tell(event):
         if isinstance(event, Stepped):
             now[0] += 3.0
+        if isinstance(event, Saved):
+            saved.append(event.step)
         if isinstance(event, Saved) and killed and run.state(event.step)["seconds"] >= 60:
             raise PulledPlugError
 
@@ -298,6 +340,7 @@ def test_a_run_whose_time_ends_before_a_save_has_its_last_weights_judged(
     outcome = loop.train(run, plan, corpus, tell=lambda event: None if killed else tell(event))
     state = run.state(outcome.step)
     assert state["done"] and state["bits_per_byte"] is not None and run.best() == outcome.step
+    assert len(saved) == len(set(saved))
     assert averages == [1]
 
 
@@ -831,6 +874,19 @@ def test_a_plan_survives_being_written_down(prepared, tmp_path):
     plan = api.plan_from_json(json.loads(json.dumps(run.settings["plan"])))
     assert plan == next(event.plan for event in events if isinstance(event, api.Planned))
     assert plan.steps == 2 and plan.context == 32 and plan.model.max_seq_len == 32
+
+
+def test_a_signal_before_the_first_step_saves_nothing_though_the_time_is_gone(corpus, tmp_path):
+    config = Config(vocab_size=corpus.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=16)
+    plan = Plan(model=config, context=16, batch_size=2, seconds=1.0, evaluations=0)
+    run = Run.create(tmp_path / "run", {})
+
+    def tell(event):
+        if isinstance(event, Started):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    outcome = loop.train(run, plan, corpus, tell=tell, used=5.0)
+    assert outcome == loop.Outcome(0, None, signal.SIGINT) and run.steps() == []
 
 
 def test_a_signal_before_the_first_step_leaves_a_run_that_can_be_resumed(prepared, tmp_path, uninterrupted):

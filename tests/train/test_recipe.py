@@ -176,7 +176,7 @@ def test_a_forecast_by_hand():
     numbers, multiplied = law.read()[0], recipe.multiplied(chosen.model)
     assert multiplied == parameters(chosen) - 1024 * chosen.model.dim
     assert told.bits_per_byte == pytest.approx(numbers.bits(2.0, multiplied, 1_000_000, told.epochs))
-    assert told.spread == numbers.spread and told.bytes == recipe.memory(chosen)
+    assert told.spread == numbers.spread and told.bytes == recipe.memory(chosen)["cpu"]
 
 
 def test_half_of_the_cores_are_half_as_fast():
@@ -432,7 +432,7 @@ def test_a_text_shorter_than_a_row_is_refused_and_one_token_more_is_taken(tokens
 
 def test_more_than_fits_in_memory_is_refused_and_what_fits_is_not(monkeypatch):
     chosen = planned(size="10M", steps=9)
-    needed = recipe.memory(chosen)
+    needed = recipe.memory(chosen)["cpu"]
     monkeypatch.setattr(machine, "memory", lambda: (2**36, int(needed / recipe.MEMORY_SHARE * 1.01)))
     assert planned(size="10M", steps=9) == chosen
     monkeypatch.setattr(machine, "memory", lambda: (2**36, int(needed / recipe.MEMORY_SHARE * 0.99)))
@@ -448,8 +448,8 @@ def test_where_no_size_is_asked_for_one_is_chosen_that_fits_in_memory(monkeypatc
     freely = planned(20_000_000, minutes=10_000)
     monkeypatch.setattr(machine, "memory", lambda: (2**36, available))
     chosen = planned(20_000_000, minutes=10_000)
-    assert recipe.memory(chosen) <= recipe.MEMORY_SHARE * available
-    if recipe.memory(freely) > available:
+    assert recipe.memory(chosen)["cpu"] <= recipe.MEMORY_SHARE * available
+    if recipe.memory(freely)["cpu"] > available:
         assert parameters(chosen) < parameters(freely)
         refused("E404", text_bytes=20_000_000, minutes=10_000, size=str(parameters(freely)))
 
@@ -484,11 +484,17 @@ def test_the_step_of_a_gpu_is_sized_by_the_speed_of_a_gpu(monkeypatch):
     assert chosen.tokens_per_step == pytest.approx(seen / recipe.STEPS, rel=0.3)
 
 
-def test_on_a_gpu_it_is_the_memory_of_the_gpu_that_counts(monkeypatch):
+def test_on_a_gpu_what_trains_lies_there_and_what_is_saved_here(monkeypatch):
     monkeypatch.setattr(machine, "has_device", lambda device: True)
     speed = machine.Precision("bfloat16", 1e13, 1e14)
     asked = {"size": "10M", "steps": 9, "device": "cuda", "speed": speed}
-    for there, here, fits in ((2**40, 2**20, True), (2**20, 2**40, False)):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    trained, saved = recipe.memory(planned(**asked)).values()
+    assert saved < trained
+    least = {"there": trained / recipe.MEMORY_SHARE + 1, "here": saved / recipe.MEMORY_SHARE + 1}
+    for less in ("", "there", "here"):
+        there, here = (int(room / (2 if name == less else 1)) for name, room in least.items())
+        fits = not less
         monkeypatch.setattr(machine, "memory", lambda here=here: (here, here))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, there=there: (there, there))
         assert planned(**asked).device == "cuda" if fits else refused("E404", **asked)
@@ -509,8 +515,18 @@ def test_on_a_gpu_it_is_the_memory_of_the_gpu_that_counts(monkeypatch):
 def test_the_memory_of_a_plan_follows_its_settings(change, more):
     model = Config(vocab_size=99, dim=24, n_layers=3, n_heads=6, max_seq_len=16)
     before = Plan(model=model, context=16, batch_size=4, steps=1, threads=2, **MUON)
-    held, changed = recipe.memory(before), recipe.memory(replace(before, **change))
+    after = replace(before, **change)
+    held, changed = recipe.memory(before)["cpu"], recipe.memory(after)[after.device]
     assert (changed == held) if more is None else (changed > held) == more and changed != held
+
+
+def test_a_save_is_part_of_the_memory_of_a_plan():
+    model = Config(vocab_size=99, dim=24, n_layers=3, n_heads=6, max_seq_len=16)
+    plan = Plan(model=model, context=16, batch_size=4, steps=1, threads=2, average=0.1)
+    step = costs.training_bytes(model, 4, 16, workers=2, average=True)
+    weights = 4 * costs.parameters(model).total
+    assert step.weights == weights and step.optimizer == 3 * weights, "AdamW's two numbers, and the average"
+    assert recipe.memory(plan) == {"cpu": step.total + 7 * weights}
 
 
 # ---- to and from run.json ------------------------------------------------------------------------
