@@ -73,7 +73,9 @@ def finished(path: Path) -> law.Reached:
     settings: dict[str, Any] = run.settings
     plan = plan_from_json(settings["plan"])
     corpus = Corpus.open(next(p for place in settings["data"] if Corpus.stands_in(p := path / place)))
-    last = next(line for line in reversed(run.metrics()) if line["event"] == "finished")
+    last = next((line for line in reversed(run.metrics()) if line["event"] == "finished"), None)
+    if last is None:
+        raise SystemExit(f"{path}: is not finished; finish it:  babyllama train --resume {path}")
     return law.Reached(
         text=Path(settings["text"]).stem,
         hardness=hardness(corpus),

@@ -789,7 +789,7 @@ MUTANTS = [
            "        refuse_shorter(self.corpus.val_ids)\n", "",
            LOOP + "test_held_out_text_cut_short_while_training_is_e307_not_a_crash"),
     Mutant("plan: memory is looked at when the size is chosen already", "train/recipe.py",
-           "            and (available is None or memory(one) <= MEMORY_SHARE * available)\n", "",
+           "            and not any(_too_much(one))\n", "",
            "train/test_recipe.py::test_where_no_size_is_asked_for_one_is_chosen_that_fits_in_memory"),
     Mutant("plan: threads beyond the cores count", "train/recipe.py",
            "min(1.0, threads / machine.physical_cores())", "threads / machine.physical_cores()",
