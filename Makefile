@@ -19,8 +19,8 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 story: $(VENV)/.installed
 	$(BIN)/babyllama story
 
-test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-test  # on as many cores as there are, up to four
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: lint test
 
