@@ -19,8 +19,10 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 story: $(VENV)/.installed
 	$(BIN)/babyllama story
 
-test: $(VENV)/.installed-test  # on as many cores as there are, up to four
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+CORES = $$($(BIN)/python -c 'from babyllama.machine import physical_cores as cores; print(min(4, cores()))')
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --numprocesses "$(CORES)" --dist loadfile
 
 check: lint test
 

@@ -31,6 +31,7 @@ the code that it was found with (a hash of the package); a table of more than on
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -238,6 +239,7 @@ def as_json(settings: Settings) -> Settings:
     return json.loads(json.dumps(settings))
 
 
+@functools.cache  # what is edited while runs go on does not count
 def code() -> str:
     """Names the package as it is now."""
     found = hashlib.sha256()

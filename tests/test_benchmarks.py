@@ -211,9 +211,9 @@ def test_a_stopped_clock_leaves_out_what_is_inside():
     clock = training.Clock(launched=training.time.time() - 5)
     before = clock.now()
     with clock.stopped():
-        training.time.sleep(0.2)
-    assert clock.now() - before < 0.1
-    assert 4.9 < clock.cold() < 5.5
+        training.time.sleep(1.0)
+    assert clock.now() - before < 0.9
+    assert 4.9 < clock.cold() < 5.9
 
 
 # ---- the programs

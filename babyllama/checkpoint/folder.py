@@ -27,6 +27,8 @@ FORMAT = 1  # raised when an older reader could misread what is written
 SEAL = "sha256 of the above"
 FROM_ELSEWHERE = "use an older step, or copy the folder again"
 LARGEST_JSON = 2 * 2**20  # bytes; what is read may take 25 times as many, as a list of empty objects does
+DISK_FAILS = {getattr(errno, name) for name in ("EIO", "EUCLEAN", "EBADMSG") if hasattr(errno, name)}
+DISK_FAILS_ON_WINDOWS = {23, 1117, 1392, 1393}  # ERROR_CRC, _IO_DEVICE, _FILE_CORRUPT, _DISK_CORRUPT
 ROOM = 1.2  # times its size that a folder must find free before it is written
 
 
@@ -228,7 +230,7 @@ def opened(path: Path, code: str) -> Iterator[tuple[BufferedReader, int]]:
     """A regular file to read, and its bytes; what could block or never end (a pipe, a device) is not opened.
 
     Raises InputError `code` when there is no such file, E205 when its disk fails, MachineError E403 when it may not be
-    read.
+    read, or not now.
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -276,25 +278,25 @@ def refused(error: OSError, path: Path, needed: int = 0) -> MachineError:
         "E403",
         str(path),
         f"{error.strerror or error}",
-        (
-            "close what holds many files open, and repeat"
-            if error.errno in (errno.EMFILE, errno.ENFILE)
-            else "check that the folder exists and is yours to write, or choose another"
-        ),
+        "check that the folder exists and is yours to write, or choose another",
     )
 
 
 def unreadable(error: OSError, path: Path) -> BabyLlamaError:
-    """The coded error for a file that is there and could not be read.
+    """The coded error for a file that was there and could not be read.
 
-    E205 when its disk fails: the file is lost. E403 for all else, which may pass: it may not be read, or too many files
-    are open; what is there is not to be taken for damaged, and removed.
+    E205 when it is gone or its disk fails. E403 for all else, which may pass: it may not be read, or too many files are
+    open; what is there is not to be taken for damaged, and removed.
     """
-    failing = (errno.EIO, getattr(errno, "EUCLEAN", errno.EIO), getattr(errno, "EBADMSG", errno.EIO))
-    if error.errno not in failing:
-        return refused(error, path)
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return InputError("E205", str(path), "is missing", FROM_ELSEWHERE)
     found = f"cannot be read ({error.strerror or error})"
-    return InputError("E205", str(path), found, "take another copy of it: its disk fails")
+    if error.errno in DISK_FAILS or getattr(error, "winerror", None) in DISK_FAILS_ON_WINDOWS:
+        return InputError("E205", str(path), found, "take another copy of it: its disk fails")
+    if isinstance(error, PermissionError):
+        return refused(error, path)
+    fix = "repeat it; if that changes nothing take another copy, or of a run an older step with --step"
+    return MachineError("E403", str(path), found, fix)
 
 
 def _write_durably(path: Path, parts: Iterable[bytes]) -> None:

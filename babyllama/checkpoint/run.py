@@ -144,7 +144,7 @@ class Run:
 
     def _instead_of(self, step: int) -> str:
         for other in reversed(self.steps()):
-            with suppress(InputError):
+            with suppress(InputError, MachineError):
                 if other != step and verify_folder(self.folder(other)):
                     return f"use step {other}, the newest intact one:  --step {other}"
         return "restore the run folder from a copy, or start a new run"
@@ -152,7 +152,8 @@ class Run:
     def newest_intact(self) -> tuple[int, list[InputError]]:
         """The highest step whose every byte is what it was, and what was wrong with the ones passed over.
 
-        Raises InputError E207, with a reason for each step, when none is left.
+        Raises InputError E207, with a reason for each step, when none is left; MachineError E403 when one may not be
+        read, or not now: it may be intact.
         """
         problems: list[InputError] = []
         for step in reversed(self.steps()):

@@ -8,9 +8,11 @@ on first use and kept on disk; no kernel holds Python's lock, so several threads
 """
 
 import math
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
@@ -33,13 +35,20 @@ def kernel(function):
     cache = compiled._cache
     keep, kept = cache.save_overload, cache.load_overload
 
+    # numba writes its list of what is kept, and then the code. Two processes at once could leave the list of the one
+    # and the code of the other, which is not noticed when it is loaded.
+    lock = FileLock(Path(cache.cache_path) / ".lock")
+
     def keep_if_possible(*given):
-        with suppress(OSError):  # such as a full disk
+        with suppress(OSError), lock:  # such as a full disk
             keep(*given)
 
     def kept_if_whole(*given):
         try:
-            return kept(*given)
+            with ExitStack() as stack:
+                with suppress(OSError):  # a folder that may only be read
+                    stack.enter_context(lock)
+                return kept(*given)
         except Exception:  # whatever a file that was cut short makes of being unpickled
             with suppress(OSError):
                 cache.flush()  # so that what is compiled now can be kept

@@ -122,9 +122,10 @@ def train(
     `tell` hears of every step; `sample` writes a text with the model at each evaluation; `used` seconds of a new run's
     budget are gone already. The caller holds the lock.
 
-    Raises InputError E207 (no saved step is intact; or E2xx for the `step` asked for), E205 (a step cannot be read back
-    after it was saved), E307 (the prepared text has become shorter), NumericalError E501 (SKIPS steps in a row, or the
-    weights themselves, are not finite; what was saved stays), MachineError E401, E403 (cannot save), E404 (memory).
+    Raises InputError E207 (no saved step is intact; or E2xx for the `step` asked for), E204 or E205 (a step that was
+    saved is read back otherwise), E307 (the prepared text has become shorter), NumericalError E501 (SKIPS steps in a
+    row, or the weights themselves, are not finite; what was saved stays), MachineError E401, E403 (cannot save, or not
+    read what was saved), E404 (memory).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
@@ -333,7 +334,7 @@ class _Training:
         last_save, saved = time.perf_counter(), self.step
         save_due = evaluation_due = False
         while not self.done and not caught:
-            # Once the time is over one more step is taken, so that there is one to be judged and saved as the last.
+            # Where the time ended in a save one more step is taken, so that there is one to be judged as the last.
             before = min(self.progress, 0.5 if self.step == 0 else 1.0)
             loss, norm = self.take_step(before)
             self.step += 1
@@ -428,8 +429,8 @@ class _Training:
         """Score the last weights in float32: on all of the validation text, or a part that takes little of the run."""
         whole = self._score(self.model, self.last_tokens)
         self._tick()
-        self._keep_metrics(lambda line: line.get("event") != "finished")  # of an earlier time
-        self._record(event="finished", step=self.step, seconds=self.seconds, **asdict(whole))
+        told = {"event": "finished", "step": self.step, "seconds": self.seconds, **asdict(whole)}
+        self._keep_metrics(lambda line: line.get("event") != "finished", told)  # not also of an earlier time
         return Outcome(self.step, whole, None)
 
     @torch.no_grad()
@@ -531,13 +532,14 @@ class _Training:
         with suppress(OSError):
             self.run.record(**values)
 
-    def _keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Remove the other lines of metrics.jsonl, and those that were damaged."""
+    def _keep_metrics(self, wanted: Callable[[dict[str, Any]], bool], *new: dict[str, Any]) -> None:
+        """Remove the other lines of metrics.jsonl, and those that were damaged, and add the new ones, all at once."""
         path = self.run.path / METRICS
-        kept = [line for line in self.run.metrics() if isinstance(line.get("step", 0), int) and wanted(line)]
         with suppress(OSError, MachineError):  # as _record
-            if path.exists() and len(kept) < len(path.read_bytes().splitlines()):
-                replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            told = self.run.metrics()
+            kept = [line for line in told if isinstance(line.get("step", 0), int) and wanted(line)]
+            if new or (path.exists() and len(kept) < len(path.read_bytes().splitlines())):
+                replace_file(path, "".join(json.dumps(line) + "\n" for line in [*kept, *new]).encode())
 
 
 def _step(model: Llama, plan: Plan) -> Step:

@@ -1,6 +1,6 @@
 """What one step does to the weights: AdamW or Muon, by the role of each parameter, along a schedule.
 
-A step at `progress` in [0, 1) of the run takes, for each weight w with its update u,
+A step at `progress` in [0, 1] of the run takes, for each weight w with its update u,
 
     w ← w - rate · (u + decay · w)        rate = the role's peak rate · schedule(plan, progress)
 
@@ -59,7 +59,7 @@ def rates(plan: Plan) -> dict[str, float]:
 
 
 def schedule(plan: Plan, progress: float) -> float:
-    """The share of their peak that all rates have at `progress` in [0, 1): up to 1 over the warm-up, then down to
+    """The share of their peak that all rates have at `progress` in [0, 1]: up to 1 over the warm-up, then down to
     plan.final, which is exactly what is left at the end and after it.
 
     linear  down in a straight line from the end of the warm-up. A decay all the way to 0 is worth a good part of a
@@ -228,7 +228,7 @@ class Optimizer:
         return self.plan.learning_rate * schedule(self.plan, progress)
 
     def step(self, progress: float) -> None:
-        """One update from the gradients, at `progress` in [0, 1) of the run."""
+        """One update from the gradients, at `progress` in [0, 1] of the run."""
         factor, rate = schedule(self.plan, progress), self.rate(progress)
         decay = self.plan.weight_decay * (factor if self.plan.weight_decay_falls else 1.0)
         for group in self.adamw.param_groups:

@@ -462,8 +462,8 @@ def _typed(settings: dict[str, Any]) -> dict[str, Any]:
 def memory(plan: Plan) -> dict[str, int]:
     """Bytes that training by this plan holds at the most, by the device that holds them.
 
-    That is in a save: all of its files are made, in the memory of the CPU, before one is written, and the optimiser's
-    twice while it is put together.
+    On a CPU that is in a save: all of its files are made before one is written, and the optimiser's twice while it is
+    put together. On a GPU it is in a step; a save takes memory of the CPU, a copy of the optimiser included.
     """
     held = costs.training_bytes(
         plan.model,
@@ -476,9 +476,13 @@ def memory(plan: Plan) -> dict[str, int]:
         average=plan.average > 0,
         embedding_norm=plan.embedding_norm,
     )
+    table = (
+        4 * plan.model.vocab_size * plan.model.dim if plan.embedding_norm else 0
+    )  # saved as it is trained, too
+    beside = held.optimizer + table
     if plan.device.startswith("cuda"):
-        return {plan.device: held.total, "cpu": 2 * (held.weights + held.optimizer)}
-    return {plan.device: held.total + held.weights + 2 * held.optimizer}
+        return {plan.device: held.total, "cpu": held.weights + 3 * beside}
+    return {plan.device: held.total + held.weights + 2 * beside}
 
 
 def _too_much(plan: Plan) -> Iterator[tuple[str, int, int]]:
@@ -491,8 +495,8 @@ def _too_much(plan: Plan) -> Iterator[tuple[str, int, int]]:
 
 def _check_memory(plan: Plan) -> None:
     for device, needed, available in _too_much(plan):
-        where = f" of the {'GPU' if device.startswith('cuda') else 'CPU'}" if "cuda" in plan.device else ""
-        found = f"training would need {needed / 2**30:,.1f} GiB, {available / 2**30:,.1f} GiB{where} are free"
+        name = "GPU" if device.startswith("cuda") else "CPU"
+        found = f"training would need {needed / 2**30:,.1f} GiB, {available / 2**30:,.1f} GiB of the {name} are free"
         fix = "take a smaller --size"
         if plan.batch_size > 1 and device == plan.device:
             fix += f", or fewer rows at once:  --set batch_size={max(1, plan.batch_size // 4)}"

@@ -338,7 +338,12 @@ def test_a_run_whose_time_ends_before_a_save_has_its_last_weights_judged(
         with pytest.raises(PulledPlugError):
             loop.train(run, plan, corpus, tell=tell)
         assert averages == [], "the time did not end before a save"
-    outcome = loop.train(run, plan, corpus, tell=lambda event: None if killed else tell(event))
+
+    def tell_again(event):
+        if isinstance(event, Saved):
+            saved.append(event.step)
+
+    outcome = loop.train(run, plan, corpus, tell=tell_again if killed else tell)
     state = run.state(outcome.step)
     assert state["done"] and state["bits_per_byte"] is not None and run.best() == outcome.step
     assert len(saved) == len(set(saved))
@@ -807,7 +812,10 @@ def test_metrics_that_cannot_be_written_do_not_stop_training(prepared, tmp_path,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Run, "record", full)
-    assert train(prepared, tmp_path / "run").steps()[-1] == STEPS
+    monkeypatch.setattr(Run, "metrics", full)
+    events = []
+    assert train(prepared, tmp_path / "run", tell=events.append).steps()[-1] == STEPS
+    assert events[-1].score is not None
 
 
 @pytest.mark.parametrize(

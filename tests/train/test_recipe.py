@@ -527,6 +527,11 @@ def test_a_save_is_part_of_the_memory_of_a_plan():
     weights = 4 * costs.parameters(model).total
     assert step.weights == weights and step.optimizer == 3 * weights, "AdamW's two numbers, and the average"
     assert recipe.memory(plan) == {"cpu": step.total + 7 * weights}
+    there = costs.training_bytes(model, 4, 16, device="cuda", average=True)
+    assert recipe.memory(replace(plan, device="cuda:0")) == {"cuda:0": there.total, "cpu": 10 * weights}
+    normed = replace(plan, embedding_norm=True)
+    step = costs.training_bytes(model, 4, 16, workers=2, average=True, embedding_norm=True)
+    assert recipe.memory(normed) == {"cpu": step.total + 7 * weights + 2 * 4 * 99 * 24}
 
 
 # ---- to and from run.json ------------------------------------------------------------------------
