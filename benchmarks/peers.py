@@ -75,7 +75,7 @@ class Recipe:
         return peak * (self.final + (1 - self.final) * falls)
 
 
-TRIED = (3e-4, 1e-3, 2e-3, 4e-3)  # beside the documented rate
+TRIED = (1e-3, 2e-3, 4e-3, 8e-3)  # beside the documented rate
 
 # train.py: weight_decay, beta1, grad_clip; config/train_shakespeare_char.py: learning_rate, min_lr, beta2,
 # warmup_iters 100 (of max_iters 2000); README.md, "I only have a macbook": block_size, batch_size, n_layer, n_head,
@@ -112,7 +112,7 @@ LLAMA2C = Recipe(
     context=256,
     rows=8,
     accumulation=4,
-    rates=(5e-4, *TRIED[1:], 8e-3),
+    rates=(5e-4, *TRIED),
     beta2=0.95,
     weight_decay=0.1,
     warmup=1000 / 100_000,
@@ -139,7 +139,7 @@ LITGPT = Recipe(
     tied=True,
     accumulation=4,
     precision="bfloat16",
-    rates=(5e-4, *TRIED[1:], 8e-3),
+    rates=(5e-4, *TRIED),
     beta2=0.95,
     weight_decay=0.1,
     warmup=1000 / 74_000,
