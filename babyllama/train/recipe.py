@@ -495,8 +495,8 @@ def _too_much(plan: Plan) -> Iterator[tuple[str, int, int]]:
 
 def _check_memory(plan: Plan) -> None:
     for device, needed, available in _too_much(plan):
-        name = "GPU" if device.startswith("cuda") else "CPU"
-        found = f"training would need {needed / 2**30:,.1f} GiB, {available / 2**30:,.1f} GiB of the {name} are free"
+        kind = "GPU" if device.startswith("cuda") else "main"
+        found = f"training would need {needed / 2**30:,.1f} GiB of {kind} memory, {available / 2**30:,.1f} GiB are free"
         fix = "take a smaller --size"
         if plan.batch_size > 1 and device == plan.device:
             fix += f", or fewer rows at once:  --set batch_size={max(1, plan.batch_size // 4)}"
