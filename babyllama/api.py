@@ -101,7 +101,7 @@ def train(
     field, encoding, on_bad_text  how files are read, see data/documents.py; with vocab_size, not for prepared data.
     tell      hears of everything that happens: Planned, then the events of train/loop.py, an Outcome last.
     began     time.perf_counter() of when the minutes began; None: now.
-    settings  most fields of recipe.Plan, for example learning_rate=1e-3.
+    settings  most fields of recipe.Plan, for example dropout=0.1: docs/training.md.
 
     Raises the coded errors of babyllama.errors. Whatever they are, what was saved before stays.
     """

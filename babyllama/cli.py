@@ -80,7 +80,7 @@ TopK = Annotated[int | None, typer.Option(help="Choose among the k likeliest tok
 TopP = Annotated[float | None, typer.Option(help="Choose among the likeliest of this share. Default: 0.95.")]
 MinP = Annotated[
     float | None,
-    typer.Option(help="Leave out the less likely than this, of the likeliest. Default: 0."),
+    typer.Option(help="Leave out tokens less likely than this share of the likeliest one's. Default: 0."),
 ]
 Penalty = Annotated[float | None, typer.Option(help="Above 1: what was said gets less likely. Default: 1.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. Default: the best there is.")]
@@ -167,14 +167,17 @@ def train(
     tokens: Annotated[
         str | None, typer.Option(help="Tokens to train on, as 20M, instead of minutes.")
     ] = None,
-    size: Annotated[str | None, typer.Option(help="Parameters, as 3M. Default: by text and time.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Parameters, as 3M, or the shape, as 288x6x6. Default: by text and time."),
+    ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this run, from its newest intact step.")
     ] = None,
     step: Annotated[int | None, typer.Option(help="With --resume: go on from this saved step.")] = None,
     vocab_size: Vocabulary = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of weights and order: the same, the same. Default: 1.")
+        int | None, typer.Option(help="Decides the first weights and the order of the text. Default: 1.")
     ] = None,
     device: Device = None,
     encoding: Encoding = None,
@@ -182,7 +185,7 @@ def train(
     field: Field = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any number of the plan, as learning_rate=0.001. Repeatable."),
+        typer.Option("--set", help="A number of the plan, as dropout=0.1 (docs/training.md). Repeatable."),
     ] = None,
 ) -> None:
     """Train a Llama on a text.
@@ -271,7 +274,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not value:
-            fix = "write it as --set learning_rate=0.001"
+            fix = "write it as --set dropout=0.1"
             raise UsageError("E101", f"--set {pair}", "is not of the form NAME=VALUE", fix)
         settings[name.strip()] = value.strip()
     return check(settings)

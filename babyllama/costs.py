@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from babyllama.model import Config
 
 FLOAT32, INT64 = 4, 8  # bytes
-QUERIES = 256  # positions whose scores the step on a CPU computes at once, as train/cpu.py has it; a test compares them
+QUERIES = (
+    256  # positions whose scores train/cpu.py computes at once: nothing is computed above the last of them
+)
 
 
 class _Sum:

@@ -120,8 +120,19 @@ def physical_cores(root: Path = Path("/")) -> int:
     elif sys.platform == "win32":
         cores = _windows_physical_cores() or logical_cores()
     else:
-        cores = _linux_physical_cores(_allowed_cpus(), root)
+        cores = len(separate_cpus(root))
     return max(1, min(cores, logical_cores(root)))
+
+
+def separate_cpus(root: Path = Path("/")) -> list[int]:
+    """One hardware thread, the lowest, of each physical core that this process may use. Where /sys does not say which
+    belong together (it is Linux's), each counts as a core."""
+    cores: dict[object, int] = {}
+    for cpu in sorted(_allowed_cpus()):
+        topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        package, core = _text(topology / "physical_package_id"), _text(topology / "core_id")
+        cores.setdefault((package, core) if core else cpu, cpu)
+    return sorted(cores.values())
 
 
 def memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
@@ -198,16 +209,6 @@ def _allowed_cpus() -> set[int]:
     if sys.platform == "win32" and (mask := _windows_affinity()):
         return {cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1}
     return set(range(os.cpu_count() or 1))
-
-
-def _linux_physical_cores(cpus: set[int], root: Path) -> int:
-    """Threads of one core name the same (package, core). Where /sys does not say, each counts itself."""
-    cores = set()
-    for cpu in cpus:
-        topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
-        package, core = _text(topology / "physical_package_id"), _text(topology / "core_id")
-        cores.add((package, core) if core else cpu)
-    return len(cores)
 
 
 def _cgroups(root: Path, controller: str) -> list[Path]:

@@ -198,7 +198,7 @@ class TrainingScreen:
                     f"{plan.learning_rate:.2g}" + (f", {plan.dropout:.0%} dropped" if plan.dropout else ""),
                 ),
                 ("training", f"{until} on {where}, products in {plan.precision}"),
-                *expected(event.forecast, plan.seconds / 60),
+                *expected(event.forecast, plan),
             ]
         )
         self.held_out, words = corpus.val_bytes, corpus.words_held_out()
@@ -263,19 +263,26 @@ class TrainingScreen:
             console.print(f"on {what} of the held-out text ({event.score.bytes:,} bytes).")
 
 
+BLIND = 8  # bits per byte of a guess that knows nothing
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 
 
-def expected(forecast: Any, minutes: float) -> list[tuple[str, str]]:
+def expected(forecast: Any, plan: Any) -> list[tuple[str, str]]:
     """What a run is thought to reach, for `facts`; and how long there is something to learn, if that is less."""
     if forecast is None:
-        return []
+        return [("expected", "too short a text to tell; more text would help most")]
     low, high = (forecast.bits_per_byte * (1 + sign * forecast.spread) for sign in (-1, 1))
+    minutes = plan.seconds / 60 or plan.steps * plan.tokens_per_step / forecast.tokens_per_second / 60
+    time = (
+        plural(round(minutes, 1), "minute") if minutes > 2 else plural(max(1, round(60 * minutes)), "second")
+    )
+    reached = f"{low:.2f} to {high:.2f} bits per byte" if high < BLIND else "no better than a blind guess"
     rows = [
         (
             "expected",
-            f"{low:.2f} to {high:.2f} bits per byte, text seen {forecast.epochs:.1f} times at "
-            f"{forecast.tokens_per_second:,.0f} tokens/s; {size(forecast.bytes)} of memory",
+            f"{reached}, text seen {forecast.epochs:,.1f} times at {forecast.tokens_per_second:,.0f} tokens/s"
+            + ("" if plan.seconds else f", for about {time}")
+            + f"; {size(forecast.bytes)} of memory",
         )
     ]
     if minutes > forecast.enough_minutes:

@@ -9,12 +9,12 @@ A cell is a set of settings; the first of a group is the baseline. Every cell is
 weights and order of the batches are functions of the seed), and the difference to the baseline is taken seed by seed.
 A run is a fresh process on one core with one thread, --jobs of them side by side, each on a core of its own; cells take
 turns, A B C, B C A, seed after seed. Its result, bits per byte of the whole validation text, is appended to
-RUNS/GROUP.jsonl at once, so an interrupted ablation goes on where it stopped.
+OUT/GROUP.jsonl at once, so an interrupted ablation goes on where it stopped.
 
 The budget is in processor seconds (time.process_time), which a busy machine changes less than those on the wall;
 --clock wall takes the clock on the wall. A plan knows seconds only of time.perf_counter, so in the process of the run
 that name is given the other clock while it trains; `training s` in the table is what the loop then counted. Preparing
-the text is outside.
+the text, two steps that compile what is not compiled yet, and the score of the whole validation text are outside.
 
 The shape is the one that babyllama plans for the baseline's vocabulary and budget, on one thread whose speed is
 measured once, and the same for all cells but those that name another; so are precision, context, rows, dropout and
@@ -23,7 +23,7 @@ cautious) comes and goes with it; and a cell of another size or vocabulary has t
 same speed. Every result holds the plan it was found with. Besides the fields of Plan a cell may name
 
     vocab_size        ids of the tokenizer                 shape   (dim, layers, heads)
-    tokens_per_step   rows = this over the context         init    "gpt2": normal 0.02, as in nanoGPT
+    tokens_per_step   rows = this over the context         init    "gpt2": normal 0.02 all, as in nanoGPT
     tie_embeddings    the table is the output matrix too   size    parameters wished for
 
 A cell with a setting that this version does not know is reported as such, and the others are run. Every result names
@@ -45,7 +45,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -308,15 +308,26 @@ def child(request: Line) -> Line:
         return {"missing": f"{error.where} {error.found}"}
 
 
+@functools.cache
+def content(text: str) -> str:
+    """Names what is in a file or a folder; a text that is known by its name does not change."""
+    path = Path(text)
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+    if not files:
+        return "named"
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.relative_to(path).as_posix().encode() + file.read_bytes())
+    return found.hexdigest()[:8]
+
+
 def prepared(request: Line, vocab_size: int | None) -> Any:
     """The text with this vocabulary, made once for all runs. The split does not depend on the vocabulary."""
     from filelock import FileLock
 
     from babyllama.data.corpus import Corpus, prepare
 
-    source, vocabulary = Path(request["text"]), vocab_size or "default"
-    content = f"-{hashlib.sha256(source.read_bytes()).hexdigest()[:8]}" if source.is_file() else ""
-    name = f"{source.stem}{content}-{vocabulary}"
+    name = f"{Path(request['text']).stem}-{content(request['text'])}-{code()}-{vocab_size or 'default'}"
     folder = Path(request["data"]) / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f"{name}.lock"):
@@ -328,21 +339,28 @@ def prepared(request: Line, vocab_size: int | None) -> Any:
 def first_plan(request: Line) -> Line:
     """What babyllama plans for this text and time on one thread of this speed; every cell takes from it what it does
     not name."""
+    from shapes import plan_for
+
     from babyllama import machine
+    from babyllama.model import Config
     from babyllama.train import recipe
 
-    corpus = prepared(request, request["base"].get("vocab_size"))
-    speed = machine.measure_precision("cpu")
-    plan = recipe.plan(
-        vocab_size=corpus.vocab_size,
-        text_bytes=corpus.train_bytes,
-        train_tokens=len(corpus.train_ids),
-        minutes=request["seconds"] / 60,
-        size=request["base"].get("size"),
-        device="cpu",
-        settings={"threads": 1},
-        speed=speed,
-    )
+    base = request["base"]
+    corpus, speed = prepared(request, base.get("vocab_size")), machine.measure_precision("cpu")
+    options: dict[str, Any] = {
+        "text_bytes": corpus.train_bytes,
+        "train_tokens": len(corpus.train_ids),
+        "minutes": request["seconds"] / 60,
+        "device": "cpu",
+        "settings": {"threads": 1},
+        "speed": speed,
+    }
+    if "shape" in base:
+        dim, n_layers, n_heads = base["shape"]
+        config = Config(vocab_size=corpus.vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads)
+        plan = plan_for(config, **options)
+    else:
+        plan = recipe.plan(vocab_size=corpus.vocab_size, size=base.get("size"), **options)
     text = {"train_bytes": corpus.train_bytes, "val_bytes": corpus.val_bytes}
     return {"plan": recipe.plan_to_json(plan), "speed": asdict(speed), **text}
 
@@ -396,6 +414,7 @@ def cell_plan(request: Line, vocab_size: int, text_bytes: int, train_tokens: int
 def one_run(request: Line) -> Line:
     import torch
 
+    from babyllama import api
     from babyllama import model as mathematics
     from babyllama.checkpoint.run import Run
     from babyllama.train import loop
@@ -410,6 +429,7 @@ def one_run(request: Line) -> Line:
         residual = 0.02 / math.sqrt(2 * plan.model.n_layers)
         inward = ("wo.weight", "w_down.weight")
         mathematics.init_std = lambda name, shape: residual if name.endswith(inward) else 0.02
+        loop.start = lambda model, plan: None  # or the vocabulary's two would have the spreads of the recipe
     told: Line = {"steps": 0, "training_seconds": 0.0}
 
     def hear(event: Any) -> None:
@@ -417,32 +437,51 @@ def one_run(request: Line) -> Line:
             told.update(steps=event.step, training_seconds=event.seconds)
 
     wall, processor = time.perf_counter, time.process_time
-    began = wall(), processor()
     with tempfile.TemporaryDirectory() as folder:
+        short = replace(plan, seconds=0.0, steps=2, evaluation_tokens=plan.context)
+        loop.train(Run.create(Path(folder) / "short", {}), short, corpus)
         run = Run.create(Path(folder) / "run", {})
+        began = wall(), processor()
         if request["clock"] == "processor":
             time.perf_counter = processor
         try:
             outcome = loop.train(run, plan, corpus, tell=hear)
         finally:
             time.perf_counter = wall
-    if outcome.score is None:
-        raise SystemExit("stopped by a signal")
+        if outcome.score is None:
+            raise SystemExit("stopped by a signal")
+        spent = wall() - began[0], processor() - began[1]
+        whole = scored(api.load(run.folder(outcome.step)), corpus)
     from babyllama import costs
     from babyllama.train.recipe import multiplied, plan_to_json
 
     return {
-        "bits_per_byte": outcome.score.bits_per_byte,
+        "bits_per_byte": whole.bits_per_byte,
+        "scored_bytes": whole.bytes,
         **told,
         "tokens_per_second": told["steps"] * plan.tokens_per_step / told["training_seconds"],
         "epochs": told["steps"] * plan.tokens_per_step / len(corpus.train_ids),
         "parameters": costs.parameters(plan.model).total,
         "multiplied": multiplied(plan.model),
         "plan": plan_to_json(plan),
-        "wall_seconds": wall() - began[0],
-        "processor_seconds": processor() - began[1],
+        "wall_seconds": spent[0],
+        "processor_seconds": spent[1],
         "torch": torch.__version__,
     }
+
+
+def scored(llama: Any, corpus: Any) -> Any:
+    """The score of a model on the whole validation text."""
+    import numpy as np
+
+    from babyllama.train.evaluate import score
+
+    bos = corpus.tokenizer.bos_id
+    after_bos = bos, corpus.tokenizer.byte_lengths(bos)
+    lengths = corpus.tokenizer.byte_lengths()
+    return score(
+        llama.model, np.asarray(corpus.val_ids), lengths, llama.config.max_seq_len, after_bos=after_bos
+    )
 
 
 def ask(request: Line, core: int | None) -> Line:
@@ -465,10 +504,12 @@ def cores(jobs: int) -> list[int | None]:
     """A core for each job; None where the system does not let a process be held on one."""
     if not hasattr(os, "sched_getaffinity"):
         return [None] * jobs
-    allowed = sorted(os.sched_getaffinity(0))
+    from babyllama import machine
+
+    allowed = machine.separate_cpus()
     if jobs > len(allowed):
         raise SystemExit(f"--jobs {jobs}: only {len(allowed)} cores may be used here")
-    return list(allowed[:jobs])
+    return [*allowed[:jobs]]
 
 
 def order(cells: list[Cell], seeds: int) -> list[tuple[Cell, int]]:
@@ -618,7 +659,8 @@ def main(arguments: list[str] | None = None) -> None:
     path = Path(given.out) / f"{given.group.replace(' ', '-')}.jsonl"
     for text in given.text:
         for seconds in given.seconds:
-            where = {"text": text, "seconds": seconds, "clock": given.clock, "base": given.base}
+            where = {"text": text, "content": content(text), "seconds": seconds}
+            where |= {"clock": given.clock, "base": given.base}
             refused = {} if given.table else measure(cells, where, given, path)
             print(f"\n{table(results(path, given), cells, where, refused)}", flush=True)
 

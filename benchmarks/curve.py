@@ -60,7 +60,7 @@ def draw(table: Path, stem: Path, clock: str = "cold") -> list[Path]:
                 label: str | None = name
                 for (other, how), runs in found.items():
                     if other != name or (name in tuned and "tuned" not in how):
-                        continue  # of two rates, the better one is drawn
+                        continue  # of two rates, the tuned one is drawn
                     for points in runs:
                         axes.plot(*zip(*points, strict=True), label=label, **style)
                         axes.plot(*points[-1], "o", color=style["color"], markersize=5, zorder=4)

@@ -359,7 +359,7 @@ class OurLoop:
     """`babyllama.train.loop.train` itself, held after each step until `step` is called again.
 
     It runs in a thread of its own and is held inside `tell`, so whatever the loop does for a step is what is timed, its
-    records and reports included. Evaluations and saves are switched off.
+    reports included. Evaluations and saves are switched off, and no step is the one in many that is recorded.
     """
 
     def __init__(self, shape: Shape, ids: NDArray[Any], seed: int = 1, **settings: Any) -> None:
@@ -498,15 +498,6 @@ def config_of(recipe: Recipe, vocab_size: int, planned: tuple[int, int, int]) ->
         max_seq_len=recipe.context,
         tie_embeddings=recipe.tied,
     )
-
-
-def peak_memory() -> int | None:
-    """Bytes, the most that this process has held. Linux's VmHWM begins anew with a program, ru_maxrss does not."""
-    status = Path("/proc/self/status")
-    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else []:
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    return loop.peak_memory()
 
 
 def threads() -> int:

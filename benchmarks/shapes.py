@@ -60,9 +60,7 @@ def plan_for(config: Config, *, text_bytes: int, train_tokens: int, **options: A
 
     Everything that follows from the size, such as the learning rate, is the recipe's. Raises what `recipe.plan` does.
     """
-    size = str(
-        costs.parameters(replace(config, tie_embeddings=False)).total
-    )  # as the recipe's shapes are counted
+    size = f"{config.dim}x{config.n_layers}x{config.n_heads}"
     found = recipe.plan(
         vocab_size=config.vocab_size, text_bytes=text_bytes, train_tokens=train_tokens, size=size, **options
     )

@@ -62,7 +62,8 @@ import peers
 import torch
 from shapes import SHAPES, Shape, training_flops
 
-from babyllama import costs, machine
+from babyllama import machine
+from babyllama.train import loop
 
 PEAK_SIZE = 2048  # of the bare matrix product
 POINTS = 8  # of a curve
@@ -309,7 +310,6 @@ def _run_ours(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
 
     from babyllama import api
     from babyllama.data.corpus import prepare
-    from babyllama.train import loop
 
     hold_out = Path(request["hold_out"]).read_text(encoding="utf-8")
     curve: list[dict[str, Any]] = []
@@ -322,10 +322,16 @@ def _run_ours(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
         size: str | None = None
         with clock.stopped():
             if request["planned_minutes"] != request["minutes"]:  # tuned in less time than the run will have
-                size = str(costs.parameters(plan_of(corpus, request, request["planned_minutes"]).model).total)
-            if request["rate"] != 1.0:  # a multiple of the rate that the plan would take
+                size = size_of(plan_of(corpus, request, request["planned_minutes"]))
+            if (
+                request["rate"] != 1.0
+            ):  # a multiple of the rate that the plan would take, of the same kind and size
                 plan = plan_of(corpus, request, request["minutes"], size)
-                settings["learning_rate"] = plan.learning_rate * request["rate"]
+                settings |= {
+                    "learning_rate": plan.learning_rate * request["rate"],
+                    "optimizer": plan.optimizer,
+                }
+                size = size_of(plan)
         budget, start, cold_start = _budget(request, clock), clock.now(), clock.cold()
 
         def hear(event: Any) -> None:
@@ -388,6 +394,11 @@ def plan_of(corpus: Any, request: dict[str, Any], minutes: float, size: str | No
         device="cpu",
         settings={"threads": request["threads"]},
     )
+
+
+def size_of(plan: Any) -> str:
+    """As `--size` names this very shape."""
+    return f"{plan.model.dim}x{plan.model.n_layers}x{plan.model.n_heads}"
 
 
 # ---- quality: all of them --------------------------------------------------------------------------
@@ -453,8 +464,13 @@ def quality(given: argparse.Namespace) -> None:
             if all(line.get(name) == value for name, value in key.items()):
                 return line
         request = {**key, **paths, "speed": speed}
-        found = {**key, **child(pythons.get(name) or sys.executable, request)}
+        try:
+            found = {**key, **child(pythons.get(name) or sys.executable, request)}
+        except SystemExit as failed:  # told, and left out: the others go on
+            print(f"  {failed}", file=sys.stderr)
+            return {**key, "bits_per_byte": math.inf}
         ablate.append(out / "runs.jsonl", found)
+        done.append(found)
         print(f"  {name}, {minutes:g} min, rate {rate:g}: {found['bits_per_byte']:.4f}", file=sys.stderr)
         if not 0.95 < found.get("agrees", 1.0) < 1.05:
             print(f"  {name} counted {found['agrees']:.2f} of this program's seconds", file=sys.stderr)
@@ -479,9 +495,10 @@ def quality(given: argparse.Namespace) -> None:
                 rates = {" and ".join(rates): next(iter(rates.values()))}
             entries += [(name, how, rate) for how, rate in rates.items()]
         found = [
-            {**run(name, minutes, rate, whole, seed), "how": how}
+            {**ran, "how": how}
             for seed in range(1, given.seeds + 1)
             for name, how, rate in entries
+            if "curve" in (ran := run(name, minutes, rate, whole, seed))
         ]
         results += sorted(found, key=lambda one: entries.index((one["name"], one["how"], one["rate"])))
     print(quality_table(results))
@@ -573,7 +590,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         for _ in range(3):
             one.step()
         one.close()
-        return {"bytes": peers.peak_memory()}
+        return {"bytes": loop.peak_memory()}
     return quality_run(request)
 
 

@@ -7,6 +7,7 @@ import random
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,9 @@ from ablate import Cell
 from shapes import SHAPES, Shape, training_flops
 
 from babyllama import machine
-from babyllama.train import recipe
+from babyllama import model as mathematics
+from babyllama.model import Llama
+from babyllama.train import loop, recipe
 from babyllama.train.evaluate import score
 from babyllama.train.recipe import Plan
 
@@ -436,11 +439,14 @@ def test_an_interrupted_ablation_goes_on_where_it_stopped(tmp_path, monkeypatch)
 
 
 def test_two_jobs_share_the_work(tmp_path, monkeypatch):
-    asked = []
+    asked, begun, both = [], [], threading.Barrier(2)
 
     def ask(request, core):
         if request["do"] == "head":
             return {"plan": {"context": 256}}
+        begun.append(None)
+        if len(begun) <= 8:  # of nine, the last has nobody beside it
+            both.wait(20)  # broken unless a second one asks meanwhile
         asked.append((json.dumps(request["settings"]), request["seed"]))
         return {"bits_per_byte": 1.9, "steps": 5}
 
@@ -453,23 +459,71 @@ def test_two_jobs_share_the_work(tmp_path, monkeypatch):
     assert len(ablate.read_lines(tmp_path / "x.jsonl")) == 10
 
 
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> Path:
+    path, chance = tmp_path_factory.mktemp("words") / "words.txt", random.Random(1)
+    path.write_text("".join(f"{chance.choice(['the', 'a', 'one', 'no'])} king. " for _ in range(20_000)))
+    return path
+
+
+def test_an_ablation_scores_the_whole_validation_text(words, tmp_path):
+    request = {"text": str(words), "data": str(tmp_path), "seconds": 0.5, "clock": "processor", "seed": 1}
+    request |= {"base": {"size": "64x2x2"}, "settings": {"size": "64x2x2"}}
+    head = ablate.ask({**request, "do": "head"}, None)
+    found = ablate.ask({**request, "do": "run", "head": head}, None)
+    assert found["scored_bytes"] == head["val_bytes"] > 5_000 and found["steps"] > 0
+    assert found["training_seconds"] <= 0.6
+
+
+def test_weights_that_begin_as_in_nanogpt_are_all_its(words, tmp_path, monkeypatch):
+    """Those of the vocabulary too, which the recipe gives spreads of its own."""
+    spreads: list[float] = []
+
+    def look(run, plan, corpus, **_):
+        model = Llama(plan.model, seed=1)
+        loop.start(model, plan)
+        spreads.extend(float(each.weight.detach().std()) for each in (model.tok_embeddings, model.lm_head))
+        raise SystemExit
+
+    monkeypatch.setattr(loop, "train", look)
+    monkeypatch.setattr(loop, "start", loop.start)  # what a run puts in their place ends with this test
+    monkeypatch.setattr(mathematics, "init_std", mathematics.init_std)
+    request = {"text": str(words), "data": str(tmp_path), "seconds": 9.0, "base": {}, "seed": 1}
+    request |= {"head": ablate.first_plan(request)}
+    with pytest.raises(SystemExit):
+        ablate.one_run({**request, "settings": {"init": "gpt2"}})
+    assert spreads == pytest.approx([0.02, 0.02], rel=0.05)
+
+
+def test_what_is_in_a_text_counts_not_its_name(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.txt").write_text("one")
+    (tmp_path / "two.txt").write_text("one")
+    folder, file = ablate.content(str(tmp_path / "a")), ablate.content(str(tmp_path / "two.txt"))
+    ablate.content.cache_clear()
+    (tmp_path / "a" / "one.txt").write_text("two")
+    (tmp_path / "two.txt").write_text("two")
+    assert folder != ablate.content(str(tmp_path / "a")) and file != ablate.content(str(tmp_path / "two.txt"))
+    assert ablate.content("shakespeare") == "named"
+
+
 SPEED = {"best": "float32", "float32": 5e11, "bfloat16": 0.0}
 LENGTHS = {"text_bytes": 1_900_000, "train_tokens": 550_000}  # about those of the fairy tales
 
 
-def first(seconds: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def first(seconds: float, monkeypatch: pytest.MonkeyPatch, **base: Any) -> dict[str, Any]:
     """A request for cells of a run of so many seconds, with what `ablate.first_plan` would put into it."""
     monkeypatch.setattr(machine, "measure_precision", lambda device: machine.Precision(**SPEED))
     monkeypatch.setattr(machine, "physical_cores", lambda: 2)
     corpus = SimpleNamespace(vocab_size=2048, train_bytes=LENGTHS["text_bytes"], val_bytes=1000)
     corpus.train_ids = range(LENGTHS["train_tokens"])
     monkeypatch.setattr(ablate, "prepared", lambda request, vocab_size: corpus)
-    request = {"seconds": seconds, "base": {}, "seed": 1, "settings": {}}
+    request = {"seconds": seconds, "base": base, "seed": 1, "settings": {}}
     return {**request, "head": ablate.first_plan(request)}
 
 
 def planned(request: dict[str, Any], cell: Cell) -> Plan:
-    settings = ablate.as_json(cell.settings)
+    settings = {**request["base"], **ablate.as_json(cell.settings)}
     return ablate.cell_plan({**request, "settings": settings}, settings.get("vocab_size", 2048), **LENGTHS)
 
 
@@ -503,6 +557,15 @@ def test_a_cell_changes_what_it_names_and_what_comes_with_it(monkeypatch):
     assert changed("tied") == {"model", "embedding_norm", "embedding_rate"}
     rates = {"learning_rate", "embedding_rate", "head_rate", "gain_rate"}
     assert changed("AdamW") == {"optimizer", *rates, "beta1", "cautious", "clip"}
+
+
+def test_a_shape_for_every_cell_has_the_same_plan_as_a_cell_of_that_shape(monkeypatch):
+    shape = [256, 6, 4]
+    asked_for = planned(first(300, monkeypatch), Cell("wide", {"shape": shape}))
+    usual = planned(first(300, monkeypatch), ablate.AS_IT_IS)
+    for_every = planned(first(300, monkeypatch, shape=shape), ablate.AS_IT_IS)
+    assert (for_every.model, for_every.dropout) == (asked_for.model, asked_for.dropout)
+    assert for_every.dropout != usual.dropout
 
 
 def test_cells_from_the_command_line():

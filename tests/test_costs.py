@@ -212,12 +212,6 @@ def test_the_bytes_of_a_step_on_a_cpu_are_those_of_its_tensors(shape, rows, cont
     assert counted.weights == 4 * costs.parameters(config).total
 
 
-def test_queries_are_taken_in_the_blocks_that_are_counted():
-    from babyllama.train import cpu
-
-    assert costs.QUERIES == cpu.QUERIES
-
-
 def test_the_cache_of_llama_2_7b_is_two_gibibytes_at_4096_tokens_in_float16():
     assert costs.cache_bytes(REAL["Llama 1 and 2, 7B"][0], 1, 4096, bytes_per_number=2) == 2 * 2**30
 

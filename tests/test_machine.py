@@ -69,6 +69,7 @@ def test_two_threads_of_one_core_are_one_core(tmp_path, monkeypatch):
     files |= {topology.format(cpu, "core_id"): str(core) for cpu, (_, core) in cores.items()}
     imitate(tmp_path, files)
     assert (machine.physical_cores(tmp_path), machine.logical_cores(tmp_path)) == (3, 5)
+    assert machine.separate_cpus(tmp_path) == [0, 1, 5]
 
 
 @linux

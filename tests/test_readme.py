@@ -17,6 +17,9 @@ FENCE = re.compile(r"(?:<!-- (?P<note>[^>]*?) -->\n)?```(?P<language>\w*)\n(?P<t
 BLOCKS = [match.groupdict(default="") for match in FENCE.finditer(README)]
 
 
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+
+
 def blocks(language: str, note: str = "") -> list[str]:
     return [block["text"] for block in BLOCKS if (block["language"], block["note"]) == (language, note)]
 
@@ -75,10 +78,11 @@ def test_every_line_of_the_tree_says_something():
 
 
 def commands() -> list[str]:
-    """Every `babyllama ...` of the README, in blocks and in running text."""
+    """Every `babyllama ...` of the README, in blocks and in running text, and of docs/training.md."""
     lines = [line.partition("#")[0].strip() for text in blocks("sh") for line in text.splitlines()]
     found = [line for line in lines if re.match(r"(poetry run )?babyllama ", line)]
     prose = FENCE.sub("", README)
+    found += re.findall(r"^    (babyllama .*?)(?:  .*)?$", TRAINING, re.MULTILINE)
     return [re.sub("^poetry run ", "", line) for line in found] + re.findall(r"`(babyllama [^`/]*)`", prose)
 
 
@@ -108,6 +112,17 @@ def test_a_command_that_the_program_does_not_take_would_be_noticed(line):
 
 def test_the_readme_shows_every_verb():
     assert set(program().commands) <= {line.split()[1] for line in commands()}
+
+
+def test_docs_training_explains_every_setting_and_every_event():
+    from babyllama.train.recipe import SETTINGS
+
+    rows = re.findall(r"^\| (`[^|]*`) \|", TRAINING.split("## Every setting")[1], re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row) if name in SETTINGS]
+    assert sorted(names) == sorted(SETTINGS)
+    loop = (ROOT / "babyllama" / "train" / "loop.py").read_text(encoding="utf-8")
+    events = re.findall(r'event"?[=:] ?"([a-z ]+)"', loop)
+    assert len(set(events)) == 5 and all(re.search(f"`[^`]*{event}", TRAINING) for event in events)
 
 
 def test_make_targets_in_the_readme_exist():

@@ -12,8 +12,10 @@ from rich.console import Console
 
 from babyllama import terminal
 from babyllama.checkpoint.run import Run
-from babyllama.terminal import TrainingScreen, command, duration, plural, printable, size
+from babyllama.model import Config
+from babyllama.terminal import TrainingScreen, command, duration, expected, plural, printable, size
 from babyllama.train.loop import Skipped
+from babyllama.train.recipe import Forecast, Plan
 
 FAST = ["--size", "100k", "--device", "cpu", "--set", "context=32", "--set", "batch_size=4"]
 FAST += ["--set", "threads=1", "--set", "evaluations=4"]
@@ -49,6 +51,27 @@ def seen_in_a_terminal(columns: int, *arguments: str) -> str:
         os.close(ours)
         assert process.wait(60) == 0
     return ESCAPE.sub("", b"".join(pieces).decode(errors="replace"))
+
+
+def told_before(bits_per_byte: float = 2.0, enough: float = 9.0, **ends) -> str:
+    """What is said of a run that sees 1,000 tokens a second."""
+    forecast = Forecast(1000.0, 12.5, bits_per_byte, 0.05, 2**30, enough)
+    model = Config(vocab_size=9, dim=8, n_layers=1, n_heads=1)
+    plan = Plan(model=model, context=10, batch_size=10, **ends)
+    return "\n".join(text for _, text in expected(forecast, plan))
+
+
+def test_the_forecast_says_what_how_long_and_whether_the_text_is_too_small_for_it():
+    assert told_before(seconds=60.0).startswith("1.90 to 2.10 bits per byte, text seen 12.5 times")
+    assert "about" not in told_before(seconds=60.0)
+    assert "for about 50 seconds" in told_before(steps=500)
+    assert "for about 8.3 minutes" in told_before(steps=5000)
+    for ends in ({"seconds": 600.0}, {"steps": 6000}):
+        assert "holds about 9 minutes of learning" in told_before(**ends)
+        assert "of learning" not in told_before(enough=11.0, **ends)
+    blind = told_before(bits_per_byte=11.0, steps=500)
+    assert "no better than a blind guess" in blind and "bits per byte" not in blind
+    assert "too short a text to tell" in str(expected(None, None))
 
 
 @pytest.mark.parametrize("columns", [60, 80, 140])

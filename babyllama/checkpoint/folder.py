@@ -33,11 +33,13 @@ ROOM = 1.2  # times its size that a folder must find free before it is written
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, facts: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def new_folder(
+    folder: Path, facts: Mapping[str, Any] | None = None, *, replace: bool = False
+) -> Iterator[Path]:
     """A hidden folder to put files into; at the end of the block it is `folder`, whole and durable, with a manifest.
 
     The manifest holds `facts` too, which may be filled in within the block. If the block or the disk fails, nothing is
-    left behind, and whatever stood there before is untouched.
+    left behind, and whatever stood there before is untouched. With `replace`, what has its name gives way at the end.
 
     Raises MachineError E401 when the disk is full, E403 when the folder cannot be written or is there already.
     """
@@ -56,6 +58,8 @@ def new_folder(folder: Path, facts: Mapping[str, Any] | None = None) -> Iterator
             sync(half_done / name)
         _write_durably(half_done / MANIFEST, [sealed({"format": FORMAT, **(facts or {}), "files": files})])
         sync(half_done)
+        if replace and folder.exists():
+            remove_folder(folder)
         half_done.rename(folder)
         sync(folder.parent)
     except OSError as error:
@@ -64,13 +68,15 @@ def new_folder(folder: Path, facts: Mapping[str, Any] | None = None) -> Iterator
         shutil.rmtree(half_done, ignore_errors=True)  # gone already when all went well
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes], facts: Mapping[str, Any] | None = None) -> None:
+def write_folder(
+    folder: Path, files: Mapping[str, bytes], facts: Mapping[str, Any] | None = None, *, replace: bool = False
+) -> None:
     """new_folder, for contents that are at hand; a disk that is too full is noticed before anything is written."""
     with contextlib.suppress(OSError):
         free, needed = shutil.disk_usage(folder.parent).free, int(ROOM * sum(map(len, files.values())))
         if free < needed:
             raise disk_full(folder, needed, free)
-    with new_folder(folder, facts) as half_done:
+    with new_folder(folder, facts, replace=replace) as half_done:
         for name, content in files.items():
             (half_done / name).write_bytes(content)
 

@@ -101,18 +101,17 @@ class Run:
         Kept are the newest two and the best. Raises MachineError E401 or E403; whatever was saved before stays.
         """
         folder = self.folder(step)
-        if (
-            folder.exists()
-        ):  # a step that could not be read was passed over, and training has reached it again
-            remove_folder(folder)
-        write_folder(folder, {**files, STATE: json.dumps(state, indent=1).encode()}, {"step": step})
+        # It stands there already where it could not be read, and training has reached it again
+        content = {**files, STATE: json.dumps(state, indent=1).encode()}
+        write_folder(folder, content, {"step": step}, replace=True)
         verify_folder(folder)
         for later in [each for each in self.steps() if each > step]:
             remove_folder(self.folder(later))  # damaged, or of a course that was given up for this one
-        best = self.best()
-        for old in self.steps()[:-KEEP_AT_LEAST]:
-            if old != best:
-                remove_folder(self.folder(old))
+        with suppress(MachineError, OSError):  # an old step that cannot be read or removed now stays for once
+            best = self.best()
+            for old in self.steps()[:-KEEP_AT_LEAST]:
+                if old != best:
+                    remove_folder(self.folder(old))
         return folder
 
     def best(self) -> int:

@@ -19,14 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from babyllama.costs import QUERIES
 from babyllama.data.batches import IGNORE
 from babyllama.model import Config, Llama, rope_tables
 from babyllama.train import kernels
 from babyllama.train.recipe import Plan
 from babyllama.train.step import dropout_keys
 from babyllama.train.workers import Workers, shares
-
-QUERIES = 256  # positions whose scores are computed at once: nothing is computed above the last of them
 
 
 class CPUStep:

@@ -12,6 +12,7 @@ from torch import Tensor
 from babyllama.errors import InputError
 
 LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB
+TOKENS_AT_ONCE = 2**14  # of a small vocabulary: what the layers hold of each token counts too
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def score(
     lengths = np.asarray(byte_lengths)
     bos_id, first_lengths = (-1, lengths) if after_bos is None else (after_bos[0], np.asarray(after_bos[1]))
     nats, sizes, tokens = [], [], 0
-    rows = max(1, LOGITS_AT_ONCE // (context * len(lengths)))
+    rows = max(1, min(LOGITS_AT_ONCE // (context * len(lengths)), TOKENS_AT_ONCE // context))
     for at in range(0, len(starts), rows):
         inputs, targets = np.zeros((2, len(starts[at : at + rows]), context), dtype=np.int64)
         counted = np.zeros(targets.shape, dtype=bool)

@@ -46,7 +46,7 @@ class Law:
     floor: float
     width: float
     data: float
-    spread: float  # standard deviation of measured / told, over texts that the numbers were not fitted to
+    spread: float  # standard deviation of measured / told of each text, where the numbers were fitted to the others
 
     def bits(self, hardness: float, parameters: int, text_bytes: int, epochs: float) -> float:
         """Bits per byte on the held-out text at the end of a run."""

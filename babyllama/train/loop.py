@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -37,6 +38,7 @@ from babyllama.train.recipe import Plan
 from babyllama.train.step import PlainStep, Step, folded, loss_sum, products, start
 
 OPTIMIZER = "optim.safetensors"
+PROCESS_STATUS = Path("/proc/self/status")
 RECORDS = 200  # steps that metrics.jsonl tells of, evenly over a run
 TRAINED = "tok_embeddings.weight.trained"  # as the optimiser has it, where the model's file has it folded
 LAST_SHARE = 0.02  # of a time budget, at most, for the score of the last weights
@@ -127,7 +129,7 @@ def train(
     row, or the weights themselves, are not finite; what was saved stays), MachineError E401, E403 (cannot save, or not
     read what was saved), E404 (memory).
     """
-    threads = torch.get_num_threads()
+    threads, training = torch.get_num_threads(), None
     torch.set_num_threads(plan.threads)
     try:
         training = _Training(run, plan, corpus, tell, sample, used)
@@ -141,12 +143,15 @@ def train(
             return Outcome(training.step, None, signal.SIGINT)
     except (RuntimeError, MemoryError) as error:
         if "allocate" in str(error) or isinstance(error, MemoryError | torch.OutOfMemoryError):
-            if plan.batch_size > 1:
+            where, found = f"step with {plan.batch_size} rows of {plan.context} tokens", str(error)[:200]
+            if training is not None and training.done:
+                where = "the last score"
+                fix = f"the run is complete and saved; measure it elsewhere:  babyllama eval {run.path}"
+            elif plan.batch_size > 1:
                 split = f"--set batch_size={plan.batch_size // 2} --set accumulation={plan.accumulation * 2}"
                 fix = f"start again with fewer rows at once:  {split}"
             else:
                 fix = f"start again with shorter rows:  --set context={max(1, plan.context // 2)}"
-            where, found = f"step with {plan.batch_size} rows of {plan.context} tokens", str(error)[:200]
             raise MachineError("E404", where, found or "more memory than there is", fix) from error
         raise
     finally:
@@ -553,6 +558,10 @@ def _step(model: Llama, plan: Plan) -> Step:
 
 def peak_memory() -> int | None:
     """Bytes, the most this process has held; None on Windows, which does not tell in this way."""
+    with suppress(
+        OSError, ValueError, IndexError
+    ):  # Linux: ru_maxrss would count what started this program, too
+        return 1024 * int(PROCESS_STATUS.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
     try:
         import resource
     except ImportError:

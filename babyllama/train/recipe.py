@@ -1,9 +1,10 @@
 """This text, this machine, these minutes -> every other number of a training run.
 
-The rules are few and each stands beside its number; all of them can be overridden, and the plan is stored with the run.
+The rules are few and each stands beside its number; nearly all can be overridden, and the plan is stored with the run.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
@@ -14,7 +15,7 @@ from babyllama.errors import InputError, MachineError, UsageError
 from babyllama.model import Config, RopeScaling
 from babyllama.train import law
 
-# (dim, n_layers, n_heads): heads of 32 numbers while small, 64 later; about 40 to 64 of width for each layer
+# (dim, n_layers, n_heads): heads of 32 numbers while small, 64 later; 32 to 64 of width for each layer
 SHAPES = (
     (64, 2, 2),
     (96, 3, 3),
@@ -154,7 +155,8 @@ def plan(
     """The plan for a text of `text_bytes` and `train_tokens` on this machine.
 
     minutes   of wall clock, or so many `steps`, or steps until so many `tokens` were seen, as "20M". None: 10 minutes.
-    size      parameters wished for, as "3M" or "15m"; the nearest shape is taken. None: chosen by text and time.
+    size      parameters wished for, as "3M" or "15m", and the nearest of SHAPES is taken; or width, layers and heads,
+              as "288x6x6". None: chosen by text and time.
     settings  fields of Plan that override what is chosen here.
     speed     of the device, where it was measured already.
     used      seconds of the minutes that are gone.
@@ -190,12 +192,15 @@ def plan(
 
     common = {"seed": seed, "device": device, "precision": precision, "threads": threads}
     text = Text(text_bytes, train_tokens)
+    wished = None if size is None else parse_size(size)
+    shapes = (wished,) if isinstance(wished, tuple) else SHAPES
     plans = [
         _for_model(config(shape), text, until, peak, used, {"context": context, **common, **settings})
-        for shape in SHAPES
+        for shape in shapes
     ]
-    if size is not None:
-        wished = parse_count("--size", size)
+    if isinstance(wished, tuple):
+        chosen = plans[0]
+    elif wished is not None:
         chosen = min(plans, key=lambda one: abs(math.log(costs.parameters(one.model).total / wished)))
     else:
         fitting = [
@@ -260,7 +265,7 @@ def _for_model(
     enough = step >= 0.8 * MUON_STEP * width
     if until.tokens:
         steps = math.ceil(until.tokens / step)
-    # Half of the law fitted for the OLMo models, 0.0047 · (N / 108M)^(-1/3), and at most 0.004 for the smallest
+    # Half of the law fitted for the OLMo models, 0.0047 · (N / 108M)^(-1/3), and at most 0.004: for all below 22M
     rate = min(0.0047 * (costs.parameters(model).total / 108e6) ** (-1 / 3) / 2, 0.004)
     if settings.get("optimizer", "muon" if enough else "adamw") == "muon":
         chosen |= {
@@ -398,9 +403,10 @@ def check(
     for name, value in (("--minutes", minutes), ("--steps", steps)):
         if value is not None and not 0 < value < math.inf:
             raise UsageError("E102", name, f"is {value}, expected a number above 0", f"choose another {name}")
-    for name, count in (("--size", size), ("--tokens", tokens)):
-        if count is not None:
-            parse_count(name, count)
+    if tokens is not None:
+        parse_count("--tokens", tokens)
+    if size is not None:
+        parse_size(size)
     if device is not None:
         machine.require_device(device)
     return _typed(settings)
@@ -420,18 +426,24 @@ def parse_count(name: str, count: int | str) -> float:
     return number
 
 
+def parse_size(text: str) -> float | tuple[int, int, int]:
+    """ "3M" -> parameters; "288x6x6" -> width, layers, heads. Raises UsageError E102."""
+    if not re.fullmatch(r"\d+x\d+x\d+", text):
+        return parse_count("--size", text)
+    dim, n_layers, n_heads = map(int, text.split("x"))
+    try:
+        Config(vocab_size=1, dim=dim, n_layers=n_layers, n_heads=n_heads)
+    except UsageError as error:
+        raise UsageError("E102", f"--size {text}", error.found, "write it as WIDTHxLAYERSxHEADS") from None
+    return dim, n_layers, n_heads
+
+
 def _typed(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, as values of the types that Plan declares."""
     kept = {}
     for name, value in settings.items():
         if name not in SETTINGS:
-            near = get_close_matches(name, SETTINGS, 1)
-            raise UsageError(
-                "E101",
-                f"--set {name}",
-                "is not a setting",
-                f"did you mean {near[0]}?" if near else f"known: {', '.join(SETTINGS)}",
-            )
+            raise UsageError("E101", f"--set {name}", "is not a setting", _instead_of(name))
         kind = SETTINGS[name]
         if kind in (int, float):
             try:
@@ -457,6 +469,16 @@ def _typed(settings: dict[str, Any]) -> dict[str, Any]:
         least = {"embedding_rate": 1.0, "head_rate": 1.0, "gain_rate": 1.0, **least}
     Plan(model=smallest, steps=1, **least)  # refuses what is out of range
     return kept
+
+
+def _instead_of(name: str) -> str:
+    """What to do about a setting that there is not."""
+    if name in ("minutes", "steps", "tokens", "size", "vocab_size", "seed", "device"):
+        return f"it is an option of its own:  --{name.replace('_', '-')}"
+    if name in {one.name for one in fields(Config)}:
+        return "the shape of the model is --size WIDTHxLAYERSxHEADS"
+    near = get_close_matches(name, SETTINGS, 1, cutoff=0.75)
+    return (f"did you mean {near[0]}? " if near else "") + f"known: {', '.join(SETTINGS)}"
 
 
 def memory(plan: Plan) -> dict[str, int]:

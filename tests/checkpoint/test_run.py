@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from babyllama.checkpoint import folder
 from babyllama.checkpoint.run import Run, locked
 from babyllama.errors import InputError, MachineError
 
@@ -82,7 +83,7 @@ def test_a_bad_new_step_never_pushes_the_last_good_one_out(run, monkeypatch):
     save(run, 3)
     monkeypatch.setattr(
         "babyllama.checkpoint.run.verify_folder",
-        lambda folder: (_ for _ in ()).throw(InputError("E204", "x", "y", "z")),
+        lambda path: (_ for _ in ()).throw(InputError("E204", "x", "y", "z")),
     )
     with pytest.raises(InputError):
         save(run, 4)
@@ -95,6 +96,36 @@ def test_a_step_reached_again_replaces_the_damaged_one(run):
     damage(run, 2)
     save(run, 2)
     assert run.newest_intact() == (2, [])
+
+
+def test_a_step_reached_again_stays_where_the_new_one_cannot_be_written(run, monkeypatch):
+    save(run, 1, bits=2.0)
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "sync", full)
+    with pytest.raises(MachineError):
+        save(run, 1, bits=3.0)
+    assert run.checked(1) and run.state(1)["bits_per_byte"] == 2.0
+
+
+def test_an_old_step_that_cannot_be_looked_at_now_is_no_reason_to_stop(run, monkeypatch):
+    for step in (1, 2, 3):
+        save(run, step, bits=2.0 - step / 10)
+    real = Run.state
+
+    def busy(self, step):
+        if step == 2:
+            raise MachineError("E403", "state.json", "cannot be read now", "try again")
+        return real(self, step)
+
+    monkeypatch.setattr(Run, "state", busy)
+    save(run, 4, bits=1.5)
+    assert run.steps() == [2, 3, 4]  # which is best is not known, so none is removed
+    monkeypatch.undo()
+    save(run, 5, bits=1.4)
+    assert run.steps() == [4, 5]
 
 
 def test_a_second_run_does_not_start_in_the_same_folder(run):

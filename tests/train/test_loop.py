@@ -833,6 +833,28 @@ def test_memory_that_runs_out_is_said_with_a_remedy(rows, remedy, prepared, tmp_
     assert caught.value.code == "E404" and remedy in caught.value.fix
 
 
+def test_memory_that_runs_out_in_the_last_score_is_no_reason_to_start_again(prepared, tmp_path, monkeypatch):
+    def out_of_memory(self):
+        raise MemoryError
+
+    monkeypatch.setattr(loop._Training, "finish", out_of_memory)
+    with pytest.raises(MachineError) as caught:
+        train(prepared, tmp_path / "run")
+    assert caught.value.code == "E404" and "babyllama eval" in caught.value.fix
+    assert Run(tmp_path / "run").state(STEPS)["done"]
+
+
+def test_the_memory_told_is_that_of_this_program(tmp_path, monkeypatch):
+    status = tmp_path / "status"
+    monkeypatch.setattr(loop, "PROCESS_STATUS", status)
+    status.write_text("VmPeak:\t  999 kB\nVmHWM:\t  123 kB\nVmRSS:\t  99 kB\n")
+    assert loop.peak_memory() == 123 * 1024
+    for unusable in ("", "VmHWM:", "VmHWM: many kB"):
+        status.write_text(unusable)
+        told = loop.peak_memory()
+        assert told is None or told > 2**20
+
+
 def test_changed_data_is_noticed_on_resume(texts, tmp_path):
     with pytest.raises(PulledPlugError):
         train(texts, tmp_path / "run", tell=stop_at(6))

@@ -13,6 +13,7 @@ from babyllama.machine import Precision
 from babyllama.model import Config, RopeScaling
 from babyllama.train import law, recipe
 from babyllama.train.recipe import (
+    SETTINGS,
     SHAPES,
     Plan,
     Text,
@@ -382,8 +383,24 @@ def test_token_vectors_are_normalised_only_where_the_head_is_another_matrix():
         assert caught.value.code == "E103"
 
 
-def test_an_unknown_setting_names_the_nearest():
-    assert "learning_rate" in refused("E101", steps=9, settings={"learnig_rate": 1}).fix
+def test_a_size_may_be_a_shape():
+    chosen = planned(size="288x6x4", steps=9).model
+    assert (chosen.dim, chosen.n_layers, chosen.n_heads) == (288, 6, 4)
+    dim, n_layers, n_heads = SHAPES[3]
+    asked = {"minutes": 5, "size": f"{dim}x{n_layers}x{n_heads}"}
+    assert planned(**asked) == planned(minutes=5, size=str(parameters(planned(**asked))))
+    for wrong in ("288x6x5", "0x1x1", "288x6", "288x6x6x6", "-288x6x6"):
+        assert wrong in str(refused("E102", size=wrong, steps=9))
+
+
+def test_an_unknown_setting_is_told_what_to_do_instead():
+    def instead(name: str) -> str:
+        return refused("E101", steps=9, settings={name: 1}).fix
+
+    assert instead("learnig_rate").startswith("did you mean learning_rate?")
+    assert instead("muon").startswith("known: ") and all(name in instead("muon") for name in SETTINGS)
+    assert instead("vocab_size").endswith("--vocab-size")
+    assert "--size" in instead("n_layers")
 
 
 def test_the_settings_of_the_caller_are_left_as_they_were():
