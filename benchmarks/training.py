@@ -26,7 +26,9 @@ over, the best point of its curve is told beside the last.
 
 --tune: first every contestant tries its five learning rates, each for the whole budget or for MINUTES, with the model
 of the whole budget, on the first 90 % of the training part, scored on the rest of that part; the best one then goes to
-the hold-out, beside the documented one (--tuned-only: instead of it).
+the hold-out, beside the documented one (--tuned-only: instead of it). What is best after a minute is often too much for
+fifteen. --rate R ... runs each of these for the whole budget instead, and scores every one on the hold-out: to take the
+best of them is more than a peer could have known.
 
 Every run is appended to OUT/runs.jsonl at once, and none is made twice while what it rests on is the same code: an
 interrupted comparison goes on where it stopped. Contestants take turns, seed after seed.
@@ -479,6 +481,9 @@ def quality(given: argparse.Namespace) -> None:
     for minutes in given.minutes:
         entries: list[tuple[str, str, float]] = []
         for name in names:
+            if given.rate:
+                entries += [(name, "given", rate) for rate in given.rate]
+                continue
             rates = {"documented": peers.QUALITY[name].rates[0]}
             if given.tune:
                 tries = minutes if given.tune == WHOLE else given.tune
@@ -623,6 +628,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--minutes", type=float, nargs="+", default=[1.0, 3.0, 10.0])
     found.add_argument("--seeds", type=int, default=1)
     found.add_argument("--tune", nargs="?", type=float, const=WHOLE, default=0.0, metavar="MINUTES")
+    found.add_argument("--rate", type=float, nargs="+", help="in place of the documented one")
     found.add_argument("--tuned-only", action="store_true", help="not the documented rates as well")
     found.add_argument("--clock", choices=["cold", "warm"], default="cold")
     found.add_argument("--points", type=int, default=POINTS, help="of each curve")

@@ -304,6 +304,23 @@ def test_the_best_rate_is_tuned_for_the_model_of_the_whole_run(text, tmp_path, m
     assert {(one["minutes"], one["planned_minutes"]) for one in asked} == {(1, 15), (15, 15)}
 
 
+def test_rates_may_be_given_and_a_run_that_fails_is_left_out(text, tmp_path, monkeypatch, capsys):
+    def child(python: str, request: dict[str, Any]) -> dict[str, Any]:
+        if request["rate"] == 0.5:
+            raise SystemExit("nanoGPT: failed, see above")
+        told = {"steps": 1, "tokens": 1, "warm": 1.0, "cold": 2.0, "flops": 1, "parameters": 1}
+        told |= {"vocabulary": 1, "context_bytes": 1, "bits_per_byte": 2 + request["rate"]}
+        return {**told, "curve": [{"steps": 1, "cold": 1, "warm": 1, "bits_per_byte": 2.0}]}
+
+    monkeypatch.setattr(training, "child", child)
+    call = ["--quality", str(text), "--minutes", "15", "--only", "nanoGPT", "--out", str(tmp_path)]
+    training.main([*call, "--rate", "0.25", "0.5", "0.125"])
+    said = capsys.readouterr()
+    rates = [line.split("|")[3].strip() for line in said.out.splitlines() if line.startswith("| nanoGPT")]
+    assert rates == ["0.25 (given)", "0.125 (given)"] and "failed" in said.err
+    assert len(ablate.read_lines(tmp_path / "runs.jsonl")) == 2  # what failed is tried again
+
+
 def test_a_slower_peer_may_have_a_smaller_model(monkeypatch):
     monkeypatch.setattr(machine, "physical_cores", lambda: 2)
     request = {
