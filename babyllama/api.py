@@ -59,6 +59,7 @@ from babyllama.train.recipe import (
 )
 
 DATA = "data"  # the folder of a run in which its prepared text stands
+LIBRARIES = 190 * 2**20  # bytes of numba, its kernels and torch.optim, which the first step loads; measured
 SAMPLE_TOKENS = 48  # that a model goes on with at each evaluation, from some words of the held-out text
 
 
@@ -68,7 +69,7 @@ class Planned:
 
     plan: Plan
     corpus: Corpus
-    forecast: Forecast | None  # None: the text is too short to be judged
+    forecast: Forecast | None  # its memory is all of this process's; None: the text is too short to be judged
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -213,7 +214,10 @@ def _forecast(chosen: Plan, corpus: Corpus, speed: machine.Precision, used: floa
         return None
     text = Text(corpus.train_bytes, len(corpus.train_ids))
     hard = law.hardness(corpus.train_ids, corpus.val_ids, corpus.tokenizer.byte_lengths())
-    return forecast(chosen, text, hard, speed, used)
+    told = forecast(chosen, text, hard, speed, used)
+    if chosen.device != "cpu":
+        return told
+    return replace(told, bytes=told.bytes + LIBRARIES + (loop.peak_memory() or 0))
 
 
 def check_device(device: str) -> None:

@@ -546,7 +546,7 @@ def planned(request: dict[str, Any], cell: Cell) -> Plan:
 
 @pytest.mark.parametrize("group", ablate.GROUPS)
 def test_cells_of_a_group_differ(group, monkeypatch):
-    cells, request = ablate.GROUPS[group], first(300, monkeypatch)
+    cells, request = ablate.GROUPS[group], first(3000, monkeypatch)
     assert len({cell.name for cell in cells}) == len(cells)
     baseline, *plans = (repr((planned(request, cell), cell.settings.get("init"))) for cell in cells)
     assert len(set(plans)) == len(plans)
@@ -559,7 +559,7 @@ def test_cells_of_a_group_differ(group, monkeypatch):
 
 
 def test_a_cell_changes_what_it_names_and_what_comes_with_it(monkeypatch):
-    request = first(300, monkeypatch)
+    request = first(3000, monkeypatch)
     baseline = planned(request, ablate.AS_IT_IS)
     assert baseline.dropout > 0 and baseline.optimizer == "muon"
 
@@ -576,13 +576,13 @@ def test_a_cell_changes_what_it_names_and_what_comes_with_it(monkeypatch):
     assert changed("AdamW") == {"optimizer", *rates, "beta1", "cautious", "clip"}
 
 
-def test_a_shape_for_every_cell_has_the_same_plan_as_a_cell_of_that_shape(monkeypatch):
-    shape = [256, 6, 4]
-    asked_for = planned(first(300, monkeypatch), Cell("wide", {"shape": shape}))
-    usual = planned(first(300, monkeypatch), ablate.AS_IT_IS)
-    for_every = planned(first(300, monkeypatch, shape=shape), ablate.AS_IT_IS)
-    assert (for_every.model, for_every.dropout) == (asked_for.model, asked_for.dropout)
-    assert for_every.dropout != usual.dropout
+def test_a_shape_for_every_cell_is_planned_for_as_such(monkeypatch):
+    request = first(3000, monkeypatch, shape=[128, 4, 4])
+    usual, head = planned(first(3000, monkeypatch), ablate.AS_IT_IS), request["head"]["plan"]
+    found = planned(request, ablate.AS_IT_IS)
+    assert found.model.dim == head["model"]["dim"] == 128 != usual.model.dim
+    assert (found.batch_size, found.dropout) == (head["batch_size"], head["dropout"])
+    assert found.batch_size < usual.batch_size
 
 
 def test_cells_from_the_command_line():

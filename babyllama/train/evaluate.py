@@ -11,7 +11,7 @@ from torch import Tensor
 
 from babyllama.errors import InputError
 
-LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB
+LOGITS_AT_ONCE = 2**22  # numbers: 16 MiB, and as much again for their softmax
 TOKENS_AT_ONCE = 2**14  # of a small vocabulary: what the layers hold of each token counts too
 
 

@@ -92,6 +92,10 @@ def test_no_more_rows_are_asked_for_at_once_than_fit(monkeypatch):
 
     score(logits, np.arange(50).repeat(3), [1] * 50, 10)
     assert set(shapes[:-1]) == {(3, 10)} and shapes[-1][0] <= 3
+    shapes.clear()
+    monkeypatch.setattr(evaluate, "TOKENS_AT_ONCE", 25)
+    score(logits, np.arange(50).repeat(3), [1] * 50, 10)
+    assert set(shapes[:-1]) == {(2, 10)}
 
 
 # ---- bytes ---------------------------------------------------------------------------------------

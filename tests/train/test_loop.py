@@ -7,8 +7,11 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -842,6 +845,25 @@ def test_memory_that_runs_out_in_the_last_score_is_no_reason_to_start_again(prep
         train(prepared, tmp_path / "run")
     assert caught.value.code == "E404" and "babyllama eval" in caught.value.fix
     assert Run(tmp_path / "run").state(STEPS)["done"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here: not Linux")
+def test_the_memory_that_is_told_before_is_about_what_is_used(prepared, tmp_path):
+    program = """
+import sys
+from babyllama import api
+from babyllama.train import loop
+told = []
+def tell(event):
+    if isinstance(event, api.Planned):
+        told.append(event.forecast.bytes)
+options = {"steps": 3, "evaluations": 1, "device": "cpu", "precision": "float32", "threads": 2}
+api.train(sys.argv[1], out=sys.argv[2], tell=tell, size="128x4x4", context=64, batch_size=4, **options)
+print(told[0] / loop.peak_memory())
+"""
+    command = [sys.executable, "-c", program, str(prepared), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.75 < float(done.stdout) < 1.3
 
 
 def test_the_memory_told_is_that_of_this_program(tmp_path, monkeypatch):
