@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,7 +70,9 @@ class Planned:
 
     plan: Plan
     corpus: Corpus
-    forecast: Forecast | None  # its memory is all of this process's; None: the text is too short to be judged
+    forecast: (
+        Forecast | None
+    )  # None: the text is too short to be judged. On a CPU its bytes are all of the process's
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -98,7 +101,7 @@ def train(
 
     text      a file, a folder, a named text ("fairy-tales", "shakespeare", "hub:NAME") or a folder of prepared data.
     minutes   of wall clock; or `steps`; or steps until so many `tokens` were seen, as "20M"; none of them: 10 minutes.
-    size      parameters wished for, as "3M"; None: chosen for this text and this time.
+    size      parameters wished for, as "3M", or a shape, as "288x6x6"; None: chosen for this text and this time.
     field, encoding, on_bad_text  how files are read, see data/documents.py; with vocab_size, not for prepared data.
     tell      hears of everything that happens: Planned, then the events of train/loop.py, an Outcome last.
     began     time.perf_counter() of when the minutes began; None: now.
@@ -217,7 +220,8 @@ def _forecast(chosen: Plan, corpus: Corpus, speed: machine.Precision, used: floa
     told = forecast(chosen, text, hard, speed, used)
     if chosen.device != "cpu":
         return told
-    return replace(told, bytes=told.bytes + LIBRARIES + (loop.peak_memory() or 0))
+    libraries = 0 if "babyllama.train.cpu" in sys.modules else LIBRARIES
+    return replace(told, bytes=told.bytes + libraries + (loop.held_memory() or 0))
 
 
 def check_device(device: str) -> None:

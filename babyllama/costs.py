@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from babyllama.model import Config
 
 FLOAT32, INT64 = 4, 8  # bytes
-QUERIES = (
-    256  # positions whose scores train/cpu.py computes at once: nothing is computed above the last of them
-)
+QUERIES = 256  # positions whose scores train/cpu.py computes at once: none above the last of them
 
 
 class _Sum:

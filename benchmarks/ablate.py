@@ -311,10 +311,12 @@ def child(request: Line) -> Line:
 @functools.cache
 def content(text: str) -> str:
     """Names what is in a file or a folder; a text that is known by its name does not change."""
+    from babyllama.data.documents import Reading, find_files
+
     path = Path(text)
-    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
-    if not files:
+    if not path.exists():
         return "named"
+    files, _ = find_files(path, Reading())
     found = hashlib.sha256()
     for file in files:
         found.update(file.relative_to(path).as_posix().encode() + file.read_bytes())
@@ -501,12 +503,13 @@ def ask(request: Line, core: int | None) -> Line:
 
 
 def cores(jobs: int) -> list[int | None]:
-    """A core for each job; None where the system does not let a process be held on one."""
+    """A core for each job, 0: for two if there are so many; None where the system holds no process on one."""
     if not hasattr(os, "sched_getaffinity"):
-        return [None] * jobs
+        return [None] * (jobs or 2)
     from babyllama import machine
 
     allowed = machine.separate_cpus()
+    jobs = jobs or min(2, len(allowed))
     if jobs > len(allowed):
         raise SystemExit(f"--jobs {jobs}: only {len(allowed)} cores may be used here")
     return [*allowed[:jobs]]
@@ -626,7 +629,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seconds", type=float, nargs="+", default=[60.0])
     found.add_argument("--clock", choices=["processor", "wall"], default="processor")
     found.add_argument("--seeds", type=int, default=5)
-    found.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    found.add_argument("--jobs", type=int, default=0, help="side by side; default: two, on two cores")
     found.add_argument("--out", default="runs/ablations")
     found.add_argument(
         "--anew", action="store_true", help="what other versions of the code found does not count"

@@ -28,7 +28,7 @@ over, the best point of its curve is told beside the last.
 of the whole budget, on the first 90 % of the training part, scored on the rest of that part; the best one then goes to
 the hold-out, beside the documented one (--tuned-only: instead of it). What is best after a minute is often too much for
 fifteen. --rate R ... runs each of these for the whole budget instead, and scores every one on the hold-out: to take the
-best of them is more than a peer could have known.
+best of them is more than a peer could have known. (Ours are multiples of the plan's: name contestants by --only.)
 
 Every run is appended to OUT/runs.jsonl at once, and none is made twice while what it rests on is the same code: an
 interrupted comparison goes on where it stopped. Contestants take turns, seed after seed.
@@ -325,9 +325,7 @@ def _run_ours(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
         with clock.stopped():
             if request["planned_minutes"] != request["minutes"]:  # tuned in less time than the run will have
                 size = size_of(plan_of(corpus, request, request["planned_minutes"]))
-            if (
-                request["rate"] != 1.0
-            ):  # a multiple of the rate that the plan would take, of the same kind and size
+            if request["rate"] != 1.0:  # times the rate of the plan, whose kind and size are kept
                 plan = plan_of(corpus, request, request["minutes"], size)
                 settings |= {
                     "learning_rate": plan.learning_rate * request["rate"],
@@ -628,7 +626,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--minutes", type=float, nargs="+", default=[1.0, 3.0, 10.0])
     found.add_argument("--seeds", type=int, default=1)
     found.add_argument("--tune", nargs="?", type=float, const=WHOLE, default=0.0, metavar="MINUTES")
-    found.add_argument("--rate", type=float, nargs="+", help="in place of the documented one")
+    found.add_argument(
+        "--rate",
+        type=float,
+        nargs="+",
+        help="instead of the documented and of --tune",
+    )
     found.add_argument("--tuned-only", action="store_true", help="not the documented rates as well")
     found.add_argument("--clock", choices=["cold", "warm"], default="cold")
     found.add_argument("--points", type=int, default=POINTS, help="of each curve")

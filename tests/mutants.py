@@ -998,7 +998,7 @@ MUTANTS = [
            "        sync(half_done)\n        if replace", "        if replace", NAMED),
     Mutant("folder: what has its name gives way at once", "checkpoint/folder.py",
            "        half_done.mkdir()\n        yield half_done\n",
-           "        if replace and folder.exists():\n            remove_folder(folder)\n"
+           "        if replace and folder.exists():\n            aside = folder.rename(_doomed(folder))\n"
            "        half_done.mkdir()\n        yield half_done\n",
            "checkpoint/test_run.py::test_a_step_reached_again_stays_where_the_new_one_cannot_be_written"),
     Mutant("plan: dropout for a small model, too", "train/recipe.py",

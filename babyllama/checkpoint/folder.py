@@ -43,7 +43,7 @@ def new_folder(
 
     Raises MachineError E401 when the disk is full, E403 when the folder cannot be written or is there already.
     """
-    half_done = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
+    half_done, aside = folder.parent / f".tmp-{folder.name}-{os.getpid()}", None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(half_done, ignore_errors=True)
@@ -59,13 +59,19 @@ def new_folder(
         _write_durably(half_done / MANIFEST, [sealed({"format": FORMAT, **(facts or {}), "files": files})])
         sync(half_done)
         if replace and folder.exists():
-            remove_folder(folder)
+            shutil.rmtree(_doomed(folder), ignore_errors=True)
+            aside = folder.rename(_doomed(folder))
         half_done.rename(folder)
         sync(folder.parent)
     except OSError as error:
         raise refused(error, folder) from error
     finally:
         shutil.rmtree(half_done, ignore_errors=True)  # gone already when all went well
+        if aside is not None:
+            with contextlib.suppress(OSError):
+                if not folder.exists():
+                    aside.rename(folder)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_folder(
@@ -197,10 +203,13 @@ def _runs(process: int) -> bool:
 
 def remove_folder(folder: Path) -> None:
     """Remove `folder`; if that is interrupted, what is left no longer bears its name."""
-    doomed = folder.parent / f".del-{folder.name}"
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(_doomed(folder), ignore_errors=True)
+    shutil.rmtree(folder.rename(_doomed(folder)), ignore_errors=True)
+
+
+def _doomed(folder: Path) -> Path:
+    """What `folder` is called while it is removed; `sweep` removes what still bears such a name."""
+    return folder.parent / f".del-{folder.name}"
 
 
 def sweep(parent: Path) -> None:

@@ -144,7 +144,7 @@ def train(
     except (RuntimeError, MemoryError) as error:
         if "allocate" in str(error) or isinstance(error, MemoryError | torch.OutOfMemoryError):
             where, found = f"step with {plan.batch_size} rows of {plan.context} tokens", str(error)[:200]
-            if training is not None and training.done:
+            if training is not None and training.complete:
                 where = "the last score"
                 fix = f"the run is complete and saved; measure it elsewhere:  babyllama eval {run.path}"
             elif plan.batch_size > 1:
@@ -176,6 +176,7 @@ class _Training:
         self.step, self.seconds, self.best_bits = 0, used, math.inf
         self.used = used  # of the seconds, before the first step
         self.done = False  # trained to the end, and the better of the last weights and their average kept
+        self.complete = False  # that, and saved
         self.last_tokens: int | None = None  # scored of the last weights; None: all there are
         self.last_seconds = 0.0  # that this takes
         self.scoring_seconds = 0.0  # that the newest evaluation took to score the weights
@@ -378,6 +379,7 @@ class _Training:
         # What a signal stopped is saved; not step 0, which a new start would make.
         if not self.done and self.step not in (0, saved):
             self.save()
+        self.complete = self.done
 
     def _due(self, before: float, times: int) -> bool:
         """Whether one of `times` even marks lies between the progress `before` this step and now; the end is one."""
@@ -556,18 +558,29 @@ def _step(model: Llama, plan: Plan) -> Step:
     return CPUStep(model, plan)
 
 
+def held_memory() -> int | None:
+    """Bytes that this process holds now; where the system does not say that in Linux's way, peak_memory."""
+    return _process_status("VmRSS") or peak_memory()
+
+
 def peak_memory() -> int | None:
     """Bytes, the most this process has held; None on Windows, which does not tell in this way."""
-    with suppress(
-        OSError, ValueError, IndexError
-    ):  # Linux: ru_maxrss would count what started this program, too
-        return 1024 * int(PROCESS_STATUS.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
+    if bytes_ := _process_status("VmHWM"):  # on Linux; its ru_maxrss counts what started this program, too
+        return bytes_
     try:
         import resource
     except ImportError:
         return None
     kilobyte = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+
+
+def _process_status(entry: str) -> int | None:
+    """Bytes, from what Linux tells of this process."""
+    try:
+        return 1024 * int(PROCESS_STATUS.read_text(encoding="utf-8").split(f"{entry}:")[1].split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 @contextmanager

@@ -427,13 +427,14 @@ def parse_count(name: str, count: int | str) -> float:
         number = math.nan
     if not 0 < number < math.inf:
         of = "parameters" if name == "--size" else "tokens"
-        raise UsageError("E102", name, f"{text!r} is not a number of {of}", "write it as 500k, 3M or 1.5M")
+        fix = "write it as 500k, 3M or 1.5M" + (", or a shape as 288x6x6" if name == "--size" else "")
+        raise UsageError("E102", name, f"{text!r} is not a number of {of}", fix)
     return number
 
 
 def parse_size(text: str) -> float | tuple[int, int, int]:
     """ "3M" -> parameters; "288x6x6" -> width, layers, heads. Raises UsageError E102."""
-    if not re.fullmatch(r"\d+x\d+x\d+", text):
+    if not re.fullmatch(r"\d+x\d+x\d+", str(text)):
         return parse_count("--size", text)
     dim, n_layers, n_heads = map(int, text.split("x"))
     try:
@@ -480,9 +481,9 @@ def _instead_of(name: str) -> str:
     """What to do about a setting that there is not."""
     if name in ("minutes", "steps", "tokens", "size", "vocab_size", "seed", "device"):
         return f"it is an option of its own:  --{name.replace('_', '-')}"
-    if name in {one.name for one in fields(Config)}:
+    if name in ("dim", "n_layers", "n_heads"):
         return "the shape of the model is --size WIDTHxLAYERSxHEADS"
-    near = get_close_matches(name, SETTINGS, 1, cutoff=0.75)
+    near = ["context"] if name == "max_seq_len" else get_close_matches(name, SETTINGS, 1, cutoff=0.75)
     return (f"did you mean {near[0]}? " if near else "") + f"known: {', '.join(SETTINGS)}"
 
 

@@ -110,6 +110,22 @@ def test_a_step_reached_again_stays_where_the_new_one_cannot_be_written(run, mon
     assert run.checked(1) and run.state(1)["bits_per_byte"] == 2.0
 
 
+def test_a_step_reached_again_comes_back_where_the_new_one_cannot_take_its_name(run, monkeypatch):
+    save(run, 1, bits=2.0)
+    real = folder.Path.rename
+
+    def busy(self, target):
+        if self.name.startswith(".tmp-"):
+            raise OSError(13, "held by another program")
+        return real(self, target)
+
+    monkeypatch.setattr(folder.Path, "rename", busy)
+    with pytest.raises(MachineError):
+        save(run, 1, bits=3.0)
+    assert run.checked(1) and run.state(1)["bits_per_byte"] == 2.0
+    assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == []
+
+
 def test_an_old_step_that_cannot_be_looked_at_now_is_no_reason_to_stop(run, monkeypatch):
     for step in (1, 2, 3):
         save(run, step, bits=2.0 - step / 10)

@@ -847,6 +847,16 @@ def test_memory_that_runs_out_in_the_last_score_is_no_reason_to_start_again(prep
     assert Run(tmp_path / "run").state(STEPS)["done"]
 
 
+def test_memory_that_runs_out_in_the_last_save_is_not_called_a_complete_run(prepared, tmp_path, monkeypatch):
+    def out_of_memory(self, *what):
+        raise MemoryError
+
+    monkeypatch.setattr(Run, "save", out_of_memory)
+    with pytest.raises(MachineError) as caught:
+        train(prepared, tmp_path / "run", evaluations=0, save_every=0)
+    assert caught.value.code == "E404" and "babyllama eval" not in caught.value.fix
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here: not Linux")
 def test_the_memory_that_is_told_before_is_about_what_is_used(prepared, tmp_path):
     program = """
@@ -870,7 +880,7 @@ def test_the_memory_told_is_that_of_this_program(tmp_path, monkeypatch):
     status = tmp_path / "status"
     monkeypatch.setattr(loop, "PROCESS_STATUS", status)
     status.write_text("VmPeak:\t  999 kB\nVmHWM:\t  123 kB\nVmRSS:\t  99 kB\n")
-    assert loop.peak_memory() == 123 * 1024
+    assert (loop.peak_memory(), loop.held_memory()) == (123 * 1024, 99 * 1024)
     for unusable in ("", "VmHWM:", "VmHWM: many kB"):
         status.write_text(unusable)
         told = loop.peak_memory()

@@ -415,7 +415,8 @@ def test_an_unknown_setting_is_told_what_to_do_instead():
     assert instead("learnig_rate").startswith("did you mean learning_rate?")
     assert instead("muon").startswith("known: ") and all(name in instead("muon") for name in SETTINGS)
     assert instead("vocab_size").endswith("--vocab-size")
-    assert "--size" in instead("n_layers")
+    assert "--size" in instead("n_layers") and "context" in instead("max_seq_len")
+    assert planned(size=3_000_000, steps=9) == planned(size="3M", steps=9)
 
 
 def test_the_settings_of_the_caller_are_left_as_they_were():
