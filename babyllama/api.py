@@ -85,7 +85,7 @@ def train(
     minutes: int | float | None = None,
     steps: int | None = None,
     tokens: int | str | None = None,
-    size: str | None = None,
+    size: int | str | None = None,
     device: str | None = None,
     seed: int = 1,
     vocab_size: int | None = None,

@@ -146,7 +146,7 @@ def plan(
     minutes: int | float | None = None,
     steps: int | None = None,
     tokens: int | str | None = None,
-    size: str | None = None,
+    size: int | str | None = None,
     device: str | None = None,
     seed: int = 1,
     settings: dict[str, Any] | None = None,
@@ -395,7 +395,7 @@ def check(
     minutes: int | float | None = None,
     steps: int | None = None,
     tokens: int | str | None = None,
-    size: str | None = None,
+    size: int | str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
     """The settings as numbers; whatever is wrong with a request is said here, before any text is read.
@@ -432,11 +432,11 @@ def parse_count(name: str, count: int | str) -> float:
     return number
 
 
-def parse_size(text: str) -> float | tuple[int, int, int]:
+def parse_size(text: int | str) -> float | tuple[int, int, int]:
     """ "3M" -> parameters; "288x6x6" -> width, layers, heads. Raises UsageError E102."""
     if not re.fullmatch(r"\d+x\d+x\d+", str(text)):
         return parse_count("--size", text)
-    dim, n_layers, n_heads = map(int, text.split("x"))
+    dim, n_layers, n_heads = map(int, str(text).split("x"))
     try:
         Config(vocab_size=1, dim=dim, n_layers=n_layers, n_heads=n_heads)
     except UsageError as error:
