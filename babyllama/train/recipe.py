@@ -37,7 +37,7 @@ FEWEST_STEPS = 600  # as few as this are right if each is then large enough for 
 MUON_STEP = 6  # tokens of a step for each of the width of the model, from which on Muon is worth its time
 AVERAGE = 0.02  # of a run: what is so much older counts half in the average of the weights
 LARGEST_STEP = 8  # tokens of a step for each of the width: more steps learn more than larger ones
-BY_HEART = 6  # passes over the text times parameters for each of its bytes, from which on dropout helps
+BY_HEART = 10  # passes over the text times parameters for each of its bytes, from which on dropout helps
 ENOUGH = 0.005  # of the bits per byte: a gain that is not worth twice the time
 OVERHEAD = 0.05  # of a run's seconds: evaluations, samples, saves
 MEMORY_SHARE = 0.8  # of the free memory that training may plan to use
@@ -288,7 +288,7 @@ def _for_model(
     again = math.log2(max(1.0, epochs))  # how often the passes were doubled
     by_heart = math.log2(max(1.0, epochs * multiplied(model) / text.bytes / BY_HEART))
     care: dict[str, Any] = {
-        "dropout": round(min(0.3, 0.1 * by_heart), 2),
+        "dropout": round(min(0.3, 0.17 * by_heart), 2),
         "weight_decay": round(min(0.5, 0.1 + 0.45 * again), 2),
     }
     return replace(plan, **{name: value for name, value in care.items() if name not in settings})
