@@ -365,10 +365,13 @@ def test_the_law_is_fitted_to_runs_of_this_code_that_the_recipe_might_have_made(
             "epochs": 1.0,
             "parameters": 10**6,
             "multiplied": 9,
+            "content": "named",
         }
-        return json.dumps(told | {"code": "now"} | more)
+        kept = told | {"code": "now"} | more
+        return json.dumps({key: value for key, value in kept.items() if value is not None})
 
     lines = [line(), line(code="before"), line(epochs=0.9), line(text="another"), line(bits_per_byte=1.7)]
+    lines.append(line(content=None, bits_per_byte=1.6))  # of a version that scored a part of the text
     monkeypatch.setattr(law, "OUT", str(tmp_path))
     (tmp_path / "law.jsonl").write_text("\n".join(lines), encoding="utf-8")
     tokens = int(recipe.TOKENS_PER_PARAMETER * 10**6)
