@@ -72,7 +72,7 @@ class Planned:
     corpus: Corpus
     forecast: (
         Forecast | None
-    )  # None: the text is too short to be judged. On a CPU its bytes are all of the process's
+    )  # None: the text is too short to be judged; on a CPU, bytes of the whole process
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -55,13 +55,16 @@ def training_flops(config: Config, context: int) -> int:
     return costs.training_flops(config, context).total
 
 
+def size_of(config: Config) -> str:
+    """As `--size` names this very shape."""
+    return f"{config.dim}x{config.n_layers}x{config.n_heads}"
+
+
 def plan_for(config: Config, *, text_bytes: int, train_tokens: int, **options: Any) -> Plan:
     """What babyllama plans for a model of this very shape. `options` are those of `recipe.plan`, `settings` among them.
 
     Everything that follows from the size, such as the learning rate, is the recipe's. Raises what `recipe.plan` does.
     """
-    size = f"{config.dim}x{config.n_layers}x{config.n_heads}"
-    found = recipe.plan(
-        vocab_size=config.vocab_size, text_bytes=text_bytes, train_tokens=train_tokens, size=size, **options
-    )
+    text = {"text_bytes": text_bytes, "train_tokens": train_tokens}
+    found = recipe.plan(vocab_size=config.vocab_size, size=size_of(config), **text, **options)
     return replace(found, model=replace(config, max_seq_len=found.context))

@@ -62,7 +62,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ablate
 import peers
 import torch
-from shapes import SHAPES, Shape, training_flops
+from shapes import SHAPES, Shape, size_of, training_flops
 
 from babyllama import machine
 from babyllama.train import loop
@@ -324,14 +324,14 @@ def _run_ours(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
         size: str | None = None
         with clock.stopped():
             if request["planned_minutes"] != request["minutes"]:  # tuned in less time than the run will have
-                size = size_of(plan_of(corpus, request, request["planned_minutes"]))
+                size = size_of(plan_of(corpus, request, request["planned_minutes"]).model)
             if request["rate"] != 1.0:  # times the rate of the plan, whose kind and size are kept
                 plan = plan_of(corpus, request, request["minutes"], size)
                 settings |= {
                     "learning_rate": plan.learning_rate * request["rate"],
                     "optimizer": plan.optimizer,
                 }
-                size = size_of(plan)
+                size = size_of(plan.model)
         budget, start, cold_start = _budget(request, clock), clock.now(), clock.cold()
 
         def hear(event: Any) -> None:
@@ -394,11 +394,6 @@ def plan_of(corpus: Any, request: dict[str, Any], minutes: float, size: str | No
         device="cpu",
         settings={"threads": request["threads"]},
     )
-
-
-def size_of(plan: Any) -> str:
-    """As `--size` names this very shape."""
-    return f"{plan.model.dim}x{plan.model.n_layers}x{plan.model.n_heads}"
 
 
 # ---- quality: all of them --------------------------------------------------------------------------

@@ -434,7 +434,7 @@ def parse_count(name: str, count: int | str) -> float:
 
 def parse_size(text: int | str) -> float | tuple[int, int, int]:
     """ "3M" -> parameters; "288x6x6" -> width, layers, heads. Raises UsageError E102."""
-    if not re.fullmatch(r"\d+x\d+x\d+", str(text)):
+    if not re.fullmatch(r"\d{1,6}x\d{1,6}x\d{1,6}", str(text)):
         return parse_count("--size", text)
     dim, n_layers, n_heads = map(int, str(text).split("x"))
     try:
