@@ -178,7 +178,7 @@ def resume(
         chosen = plan_from_json(run.settings["plan"])
         corpus = _corpus_of(run)
         if chosen.device != "cpu" and not machine.has_device(chosen.device):
-            chosen = replace(chosen, device=machine.best_device(), precision="float32")
+            chosen = replace(chosen, device=machine.best_device(), precision="float32", compile=False)
         check_device(chosen.device)
         speed = machine.measure_precision(chosen.device)
         _train(run, Planned(chosen, corpus, _forecast(chosen, corpus, speed)), step, tell)

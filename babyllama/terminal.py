@@ -213,6 +213,12 @@ class TrainingScreen:
         if console.is_terminal:
             self.live.start()
 
+    def _compiling(self, event: Any) -> None:
+        if event.problem is None:
+            console.print("Compiling the step: a minute or so.")
+        else:
+            note(f"It could not be compiled, so steps are slower: {event.problem}")
+
     def _stepped(self, event: Any) -> None:
         if not console.is_terminal:
             return

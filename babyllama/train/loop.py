@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,6 +53,13 @@ SKIPS = 3  # steps in a row that are not finite; that many end the run
 class Started:
     step: int  # 0, or the saved step from which the run goes on
     passed_over: tuple[BabyLlamaError, ...] = ()  # what was wrong with newer steps
+
+
+@dataclass(frozen=True)
+class Compiling:
+    """torch.compile begins, which takes a minute; or it had a problem, and the step runs as it is, slower."""
+
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ class Outcome:
     stopped_by: int | None  # signal number
 
 
-Event = Started | Stepped | Skipped | Evaluated | Saved
+Event = Started | Compiling | Stepped | Skipped | Evaluated | Saved
 Tell = Callable[[Event], None]
 
 
@@ -335,6 +342,8 @@ class _Training:
     def run_from(self, wanted: int | None, caught: list[int]) -> None:
         """Train to the end, or until a signal is caught; either way everything is saved then."""
         self.restore(wanted)
+        if not self.done and (self.plan.compile or (self.plan.seconds and self.step == 0)):
+            self._warm_up()
         self._reserve()
         recent = [(time.perf_counter(), self.step)]
         last_save, saved = time.perf_counter(), self.step
@@ -393,9 +402,7 @@ class _Training:
         The gradient is that of the mean over all target tokens of the step, however they are spread over batches: each
         batch's sum is divided by the number of all of them, since a mean of means would weigh short batches more.
         """
-        tokens, targets = (
-            torch.from_numpy(each).to(self.plan.device) for each in self.batches.batch(self.step)
-        )
+        tokens, targets = self._batch()
         counted = int((targets != IGNORE).sum())
         parts = zip(tokens.chunk(self.plan.accumulation), targets.chunk(self.plan.accumulation), strict=True)
         loss = sum(
@@ -412,6 +419,31 @@ class _Training:
         else:
             self._skip(loss, float(norm), tokens, targets)
         return loss, float(norm)
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of the next step, on the device."""
+        tokens, targets = map(torch.from_numpy, self.batches.batch(self.step))
+        return tokens.to(self.plan.device), targets.to(self.plan.device)
+
+    def _warm_up(self) -> None:
+        """Differentiate a batch and forget it, so that what is compiled at first use takes none of the run's progress.
+
+        Where torch.compile fails, for which there are as many reasons as machines, the step runs without it.
+        """
+        tokens, targets = (each.chunk(self.plan.accumulation)[0] for each in self._batch())
+        if self.plan.compile:
+            self.tell(Compiling())
+        try:
+            self.differentiate(tokens, targets, targets.numel(), self.step)
+        except Exception as error:
+            if not self.plan.compile or isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.tell(Compiling((str(error).strip() or type(error).__name__).splitlines()[0]))
+            self.differentiate = PlainStep(self.model, replace(self.plan, compile=False))
+        self.model.zero_grad()
+        if self.step == 0:
+            self._tick()
+            self.used = self.seconds
 
     def evaluate(self) -> None:
         self._refuse_not_finite()
@@ -551,7 +583,7 @@ class _Training:
 
 def _step(model: Llama, plan: Plan) -> Step:
     """What differentiates this model on this device."""
-    if plan.device != "cpu":
+    if plan.device != "cpu" or plan.compile:
         return PlainStep(model, plan)
     from babyllama.train.cpu import CPUStep  # which loads numba
 

@@ -2,12 +2,14 @@
 
 What training does to the model beyond model.py hangs on it from outside, as hooks: dropout on what each branch adds to
 the residual stream, and a norm after the embedding. Both leave a plain Llama behind: dropout does nothing afterwards,
-and the norm is folded into the embedding's rows (`folded`). On a CPU cpu.py computes the same faster.
+and the norm is folded into the embedding's rows (`folded`). On a CPU cpu.py computes the same faster; elsewhere
+torch.compile does, where a run is long enough to pay for it (`Plan.compile`).
 """
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -40,26 +42,29 @@ class PlainStep:
 
     def __init__(self, model: Llama, plan: Plan) -> None:
         self.model, self.plan = model, plan
-        self.keys: list[int] = []  # of dropout, in this step
+        self.keys = torch.empty(0, dtype=torch.int64)  # of dropout, in this step: one for each site
         parts = ("attention", "feed_forward")
         names = [f"layers.{i}.{part}" for i in range(plan.model.n_layers) for part in parts]
-        self.sites = {model.get_submodule(name): at for at, name in enumerate(["tok_embeddings", *names])}
+        self.sites = [model.get_submodule(name) for name in ["tok_embeddings", *names]]
+        self.nats = torch.compile(self._nats, fullgraph=True, dynamic=False) if plan.compile else self._nats
 
     def __call__(self, tokens: Tensor, targets: Tensor, counted: int, step: int, part: int = 0) -> float:
         if part == 0:
             self.model.zero_grad()
-        self.keys = dropout_keys(self.plan, step, part)
-        hooks = [module.register_forward_hook(self._after) for module in self.sites]
+        self.keys = torch.tensor(dropout_keys(self.plan, step, part), dtype=torch.int64, device=tokens.device)
+        hooks = [one.register_forward_hook(partial(self._after, i)) for i, one in enumerate(self.sites)]
         try:
-            loss = loss_sum(products(self.model, tokens, self.plan), targets) / counted
+            loss = self.nats(tokens, targets) / counted
             loss.backward()
         finally:
             for hook in hooks:
                 hook.remove()
         return loss.item()
 
-    def _after(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        site = self.sites[module]
+    def _nats(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return loss_sum(products(self.model, tokens, self.plan), targets)
+
+    def _after(self, site: int, module: torch.nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if site == 0 and self.plan.embedding_norm:
             output = F.rms_norm(output, output.shape[-1:], eps=self.model.config.norm_eps)
         if self.plan.dropout > 0:
@@ -96,7 +101,7 @@ def dropout_keys(plan: Plan, step: int, part: int) -> list[int]:
     ]
 
 
-def dropout_mask(like: Tensor, key: int, rate: float) -> Tensor:
+def dropout_mask(like: Tensor, key: int | Tensor, rate: float) -> Tensor:
     """0 where a number is dropped, 1 / (1 - rate) elsewhere: kernels.random_bits of the number's place in the batch."""
     bits = torch.arange(like.numel(), device=like.device)
     for multiplier in (0x7FEB352D, 0x846CA68B):

@@ -28,7 +28,8 @@ from babyllama.data.batches import IGNORE, Batches
 from babyllama.errors import BabyLlamaError, InputError, MachineError, NumericalError
 from babyllama.model import Config, Llama
 from babyllama.train import evaluate, loop
-from babyllama.train.loop import Evaluated, Outcome, Saved, Skipped, Started, Stepped
+from babyllama.train.cpu import CPUStep
+from babyllama.train.loop import Compiling, Evaluated, Outcome, Saved, Skipped, Started, Stepped
 from babyllama.train.recipe import Plan
 
 SMALL = {
@@ -300,6 +301,90 @@ def test_the_schedule_begins_with_the_first_step_whatever_was_used_before(corpus
     assert steps[0].learning_rate < 0.3 * plan.learning_rate
     assert max(step.learning_rate for step in steps) > 0.95 * plan.learning_rate
     assert steps[0].progress < 0.2 and steps[-1].progress >= 1
+
+
+def test_what_is_compiled_at_first_use_is_part_of_the_time_but_not_of_the_progress(
+    corpus, tmp_path, monkeypatch
+):
+    config = Config(vocab_size=corpus.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=16)
+    plan = Plan(model=config, context=16, batch_size=2, seconds=60.0, evaluations=0, warmup=0.2)
+    now, calls, events = [0.0], [], []
+    differentiate = CPUStep.__call__
+
+    def slow_at_first(self, *batch):
+        calls.append(batch)
+        now[0] += 20.0 if len(calls) == 1 else 1.0
+        return differentiate(self, *batch)
+
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(CPUStep, "__call__", slow_at_first)
+    loop.train(Run.create(tmp_path / "run", {}), plan, corpus, tell=events.append)
+    steps = [event for event in events if isinstance(event, Stepped)]
+    assert steps[0].progress == pytest.approx(1 / 40, rel=0.1) and steps[0].seconds == 21
+    assert steps[0].learning_rate < 0.1 * plan.learning_rate
+    assert len(steps) == 40 and steps[-1].seconds == 60
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+
+def test_a_step_that_cannot_be_compiled_runs_as_it_is(prepared, tmp_path, monkeypatch):
+    def compile_(function, **options):
+        def fails(*inputs):
+            raise RuntimeError("no compiler\nand much about it")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    events = []
+    run = train(prepared, tmp_path / "run", tell=events.append, compile=True, dropout=0.1)
+    told = [event for event in events if isinstance(event, Compiling)]
+    assert told == [Compiling(), Compiling("no compiler")]
+    assert [event.step for event in events if isinstance(event, Stepped)] == list(range(1, STEPS + 1))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    other = train(prepared, tmp_path / "compiled", tell=events.append, compile=True, dropout=0.1)
+    assert final(run) == final(other), "what was tried before the first step has left nothing behind"
+
+
+def test_memory_that_ends_while_a_step_is_compiled_is_told_as_such(prepared, tmp_path, monkeypatch):
+    def compile_(function, **options):
+        def fails(*inputs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    with pytest.raises(MachineError) as caught:
+        train(prepared, tmp_path / "run", compile=True)
+    assert caught.value.code == "E404" and "batch_size=2" in caught.value.fix
+
+
+def test_a_run_whose_gpu_is_gone_goes_on_with_the_step_of_the_cpu(prepared, tmp_path, monkeypatch):
+    with pytest.raises(PulledPlugError):
+        train(prepared, tmp_path / "run", tell=stop_at(5))
+    run, events = Run(tmp_path / "run"), []
+    settings = folder.read_sealed(run.path / "run.json")
+    settings["plan"] |= {"device": "cuda:7", "compile": True, "precision": "bfloat16"}
+    (run.path / "run.json").write_bytes(folder.sealed(settings))
+    api.resume(run.path, tell=events.append)
+    assert not any(isinstance(event, Compiling) for event in events)
+    assert events[0].plan.device == machine.best_device() and events[0].plan.precision == "float32"
+    assert events[-1].step == STEPS
+
+
+@pytest.mark.cuda
+def test_a_compiled_run_on_a_gpu_learns_what_one_that_is_not_compiled_does(prepared, tmp_path):
+    """In processes of their own, since the checks of types that tests run with cannot be compiled."""
+    scores = []
+    for compiled in ("false", "true"):
+        out = tmp_path / compiled
+        words = f"--device cuda --size 100k --steps 20 --set dropout=0.1 --set compile={compiled}".split()
+        words = ["train", str(prepared), "--out", str(out), *words]
+        done = subprocess.run([sys.executable, "-m", "babyllama", *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("Compiling" in done.stdout) == (compiled == "true") and "slower" not in done.stdout
+        scores += [line["bits_per_byte"] for line in Run(out).metrics() if line["event"] == "finished"]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("killed", [False, True])

@@ -518,6 +518,18 @@ def test_the_step_of_a_gpu_is_sized_by_the_speed_of_a_gpu(monkeypatch):
     assert chosen.tokens_per_step == pytest.approx(seen / recipe.STEPS, rel=0.3)
 
 
+def test_a_step_is_compiled_on_a_gpu_where_the_run_is_long_enough(monkeypatch):
+    monkeypatch.setattr(machine, "has_device", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    monkeypatch.setattr(machine, "memory", lambda: (2**40, 2**40))
+    on_gpu = {"device": "cuda:0", "speed": Precision("bfloat16", 1e11, 1e12), "size": "3M"}
+    assert [planned(minutes=minutes, **on_gpu).compile for minutes in (4.9, 5)] == [False, True]
+    assert [planned(steps=steps, **on_gpu).compile for steps in (10, 100_000)] == [False, True]
+    assert planned(minutes=1, settings={"compile": "true"}, **on_gpu).compile
+    assert not planned(minutes=60, settings={"compile": "false"}, **on_gpu).compile
+    assert not planned(minutes=60).compile
+
+
 def test_on_a_gpu_what_trains_lies_there_and_what_is_saved_here(monkeypatch):
     monkeypatch.setattr(machine, "has_device", lambda device: True)
     speed = machine.Precision("bfloat16", 1e13, 1e14)
