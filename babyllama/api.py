@@ -178,7 +178,9 @@ def resume(
         chosen = plan_from_json(run.settings["plan"])
         corpus = _corpus_of(run)
         if chosen.device != "cpu" and not machine.has_device(chosen.device):
-            chosen = replace(chosen, device=machine.best_device(), precision="float32", compile=False)
+            there = machine.best_device()
+            compiles = chosen.compile and there.startswith("cuda")
+            chosen = replace(chosen, device=there, precision="float32", compile=compiles)
         check_device(chosen.device)
         speed = machine.measure_precision(chosen.device)
         _train(run, Planned(chosen, corpus, _forecast(chosen, corpus, speed)), step, tell)

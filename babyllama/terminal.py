@@ -214,10 +214,10 @@ class TrainingScreen:
             self.live.start()
 
     def _compiling(self, event: Any) -> None:
-        if event.problem is None:
-            console.print("Compiling the step: a minute or so.")
-        else:
-            note(f"It could not be compiled, so steps are slower: {event.problem}")
+        console.print("Compiling the step: a minute or so.")
+
+    def _notcompiled(self, event: Any) -> None:
+        note(f"It could not be compiled, so steps are slower: {event.problem}")
 
     def _stepped(self, event: Any) -> None:
         if not console.is_terminal:

@@ -34,7 +34,7 @@ from babyllama.errors import BabyLlamaError, InputError, MachineError, Numerical
 from babyllama.model import Llama, tap_names
 from babyllama.train.evaluate import Score, score
 from babyllama.train.optim import Average, Optimizer
-from babyllama.train.recipe import Plan
+from babyllama.train.recipe import COMPILE_SECONDS, Plan
 from babyllama.train.step import PlainStep, Step, folded, loss_sum, products, start
 
 OPTIMIZER = "optim.safetensors"
@@ -57,9 +57,14 @@ class Started:
 
 @dataclass(frozen=True)
 class Compiling:
-    """torch.compile begins, which takes a minute; or it had a problem, and the step runs as it is, slower."""
+    """torch.compile begins, which takes a minute or so."""
 
-    problem: str | None = None
+
+@dataclass(frozen=True)
+class NotCompiled:
+    """torch.compile had this problem, and the step runs as it is, slower."""
+
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class Outcome:
     stopped_by: int | None  # signal number
 
 
-Event = Started | Compiling | Stepped | Skipped | Evaluated | Saved
+Event = Started | Compiling | NotCompiled | Stepped | Skipped | Evaluated | Saved
 Tell = Callable[[Event], None]
 
 
@@ -342,9 +347,12 @@ class _Training:
     def run_from(self, wanted: int | None, caught: list[int]) -> None:
         """Train to the end, or until a signal is caught; either way everything is saved then."""
         self.restore(wanted)
-        if not self.done and (self.plan.compile or (self.plan.seconds and self.step == 0)):
+        began = self.seconds
+        if not self.done and not caught:
             self._warm_up()
         self._reserve()
+        self._tick()
+        self.used += self.seconds - began  # no progress
         recent = [(time.perf_counter(), self.step)]
         last_save, saved = time.perf_counter(), self.step
         save_due = evaluation_due = False
@@ -428,22 +436,28 @@ class _Training:
     def _warm_up(self) -> None:
         """Differentiate a batch and forget it, so that what is compiled at first use takes none of the run's progress.
 
-        Where torch.compile fails, for which there are as many reasons as machines, the step runs without it.
+        Where torch.compile fails, for which there are as many reasons as machines, the step runs without it; also where
+        a resumed run has no time for it.
         """
         tokens, targets = (each.chunk(self.plan.accumulation)[0] for each in self._batch())
-        if self.plan.compile:
+        compiles, left = self.plan.compile, self.plan.seconds - self.seconds
+        if compiles and self.plan.seconds and self.step and left < COMPILE_SECONDS:
+            self.differentiate, compiles = self._not_compiled(), False
+        if compiles:
             self.tell(Compiling())
-        try:
-            self.differentiate(tokens, targets, targets.numel(), self.step)
-        except Exception as error:
-            if not self.plan.compile or isinstance(error, torch.OutOfMemoryError):
+            try:
+                self.differentiate(tokens, targets, targets.numel(), self.step)
+            except torch.OutOfMemoryError:
                 raise
-            self.tell(Compiling((str(error).strip() or type(error).__name__).splitlines()[0]))
-            self.differentiate = PlainStep(self.model, replace(self.plan, compile=False))
-        self.model.zero_grad()
-        if self.step == 0:
-            self._tick()
-            self.used = self.seconds
+            except Exception as error:
+                self._record(event="not compiled", step=self.step, problem=str(error)[:4000])
+                self.tell(NotCompiled(_reason(error)))
+                self.differentiate = self._not_compiled()
+        elif left > 0:
+            self.differentiate(tokens, targets, targets.numel(), self.step)
+
+    def _not_compiled(self) -> Step:
+        return PlainStep(self.model, replace(self.plan, compile=False))
 
     def evaluate(self) -> None:
         self._refuse_not_finite()
@@ -588,6 +602,14 @@ def _step(model: Llama, plan: Plan) -> Step:
     from babyllama.train.cpu import CPUStep  # which loads numba
 
     return CPUStep(model, plan)
+
+
+def _reason(error: BaseException) -> str:
+    """In a line, why torch.compile failed: its errors stand one inside the other, and begin with headings."""
+    while (inner := getattr(error, "inner_exception", None)) is not None:
+        error = inner
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line and not line.endswith(":")), type(error).__name__)
 
 
 def held_memory() -> int | None:

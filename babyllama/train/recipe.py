@@ -38,7 +38,7 @@ MUON_STEP = 6  # tokens of a step for each of the width of the model, from which
 AVERAGE = 0.02  # of a run: what is so much older counts half in the average of the weights
 LARGEST_STEP = 8  # tokens of a step for each of the width: more steps learn more than larger ones
 BY_HEART = 10  # passes over the text times parameters for each of its bytes, from which on dropout helps
-COMPILE_SECONDS = 300  # of a run on a GPU, from which on torch.compile is worth the minute that it takes
+COMPILE_SECONDS = 540  # of a run on a CUDA GPU, from which on torch.compile is worth the minute that it takes
 ENOUGH = 0.005  # of the bits per byte: a gain that is not worth twice the time
 OVERHEAD = 0.05  # of a run's seconds: evaluations, samples, saves
 MEMORY_SHARE = 0.8  # of the free memory that training may plan to use
@@ -292,7 +292,7 @@ def _for_model(
     care: dict[str, Any] = {
         "dropout": round(min(0.3, 0.17 * by_heart), 2),
         "weight_decay": round(min(0.5, 0.1 + 0.45 * again), 2),
-        "compile": plan.device.startswith("cuda") and _seconds(plan, peak) >= COMPILE_SECONDS,
+        "compile": plan.device.startswith("cuda") and _seconds(plan, peak, used) >= COMPILE_SECONDS,
     }
     return replace(plan, **{name: value for name, value in care.items() if name not in settings})
 
@@ -374,9 +374,11 @@ def _peak(device: str, precision: str, threads: int, speed: machine.Precision) -
     return peak * min(1.0, threads / machine.physical_cores()) if device == "cpu" else peak
 
 
-def _seconds(plan: Plan, peak: float) -> float:
-    """That the run will take."""
-    return plan.seconds or plan.steps * plan.tokens_per_step / tokens_per_second(plan, peak)
+def _seconds(plan: Plan, peak: float, used: float) -> float:
+    """That the run will take from now on."""
+    if plan.seconds:
+        return plan.seconds - used
+    return plan.steps * plan.tokens_per_step / tokens_per_second(plan, peak)
 
 
 def _tokens(plan: Plan, peak: float, used: float) -> float:

@@ -2,7 +2,7 @@
 
 What training does to the model beyond model.py hangs on it from outside, as hooks: dropout on what each branch adds to
 the residual stream, and a norm after the embedding. Both leave a plain Llama behind: dropout does nothing afterwards,
-and the norm is folded into the embedding's rows (`folded`). On a CPU cpu.py computes the same faster; elsewhere
+and the norm is folded into the embedding's rows (`folded`). On a CPU cpu.py computes the same faster; on a CUDA GPU
 torch.compile does, where a run is long enough to pay for it (`Plan.compile`).
 """
 
@@ -46,23 +46,23 @@ class PlainStep:
         parts = ("attention", "feed_forward")
         names = [f"layers.{i}.{part}" for i in range(plan.model.n_layers) for part in parts]
         self.sites = [model.get_submodule(name) for name in ["tok_embeddings", *names]]
-        self.nats = torch.compile(self._nats, fullgraph=True, dynamic=False) if plan.compile else self._nats
+        self.nats = nats  # or what torch.compile makes of it, from the first batch on
 
     def __call__(self, tokens: Tensor, targets: Tensor, counted: int, step: int, part: int = 0) -> float:
         if part == 0:
             self.model.zero_grad()
+        if self.plan.compile and self.nats is nats:
+            torch.compiler.reset()  # what earlier runs of this process had compiled counts towards a limit
+            self.nats = torch.compile(nats, fullgraph=True, dynamic=False)
         self.keys = torch.tensor(dropout_keys(self.plan, step, part), dtype=torch.int64, device=tokens.device)
         hooks = [one.register_forward_hook(partial(self._after, i)) for i, one in enumerate(self.sites)]
         try:
-            loss = self.nats(tokens, targets) / counted
+            loss = self.nats(self, tokens, targets) / counted
             loss.backward()
         finally:
             for hook in hooks:
                 hook.remove()
         return loss.item()
-
-    def _nats(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return loss_sum(products(self.model, tokens, self.plan), targets)
 
     def _after(self, site: int, module: torch.nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if site == 0 and self.plan.embedding_norm:
@@ -74,6 +74,11 @@ class PlainStep:
 
     def logits(self, tokens: Tensor) -> Tensor:
         return products(self.model, tokens, self.plan)
+
+
+def nats(step: PlainStep, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Of a batch: the function that is compiled."""
+    return loss_sum(products(step.model, tokens, step.plan), targets)
 
 
 def products(model: Llama, tokens: Tensor, plan: Plan, tap: Tap = no_tap) -> Tensor:

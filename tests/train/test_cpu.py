@@ -263,48 +263,6 @@ def test_the_answers_are_those_of_the_plain_model_whatever_the_step_before_did(k
         assert torch.allclose(step.logits(tokens), plain(tokens), rtol=1e-4, atol=1e-4)
 
 
-COMPILED = """
-import sys
-from dataclasses import replace
-from functools import partial
-
-import torch
-
-from babyllama.data.batches import IGNORE
-from babyllama.model import Config, Llama
-from babyllama.train.recipe import Plan
-from babyllama.train.step import PlainStep
-
-torch.compile = partial(torch.compile, backend="aot_eager")  # all but the last part, which wants a C++ compiler
-from torch._dynamo.utils import counters
-
-config = Config(vocab_size=31, dim=16, n_layers=2, n_heads=2, n_kv_heads=1)
-plan = Plan(model=config, context=8, batch_size=3, steps=9, dropout=0.3, embedding_norm=True)
-tokens, targets = torch.randint(0, 31, (2, 3, 8), generator=torch.Generator().manual_seed(0))
-targets[0, 4:] = IGNORE
-models = Llama(config, seed=0), Llama(config, seed=0)
-plain, compiled = PlainStep(models[0], plan), PlainStep(models[1], replace(plan, compile=True))
-losses = []
-for step, part in ((0, 0), (1, 0), (1, 1), (2, 0)):
-    found = [one(tokens, targets, 20 + step, step, part) for one in (plain, compiled)]
-    assert found[0] == found[1], found
-    losses.append(found[0] * (20 + step))
-    for theirs, ours in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(theirs.grad, ours.grad)
-    with torch.no_grad():
-        assert torch.equal(plain.logits(tokens), compiled.logits(tokens))
-        models[0].norm.weight.mul_(1.1), models[1].norm.weight.mul_(1.1)
-assert len(set(losses)) == 4, "every part of every step drops other numbers"
-assert counters["stats"]["unique_graphs"] == 1, dict(counters["stats"])
-"""
-
-
-def test_the_compiled_step_is_the_plain_one_and_is_compiled_once():
-    """In a process of its own, since the checks of types that tests run with cannot be compiled."""
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 def test_the_number_of_threads_is_as_before_a_step():
     config, before = SHAPES["tied"], torch.get_num_threads()
     step = CPUStep(model(config), plan(config))

@@ -29,7 +29,7 @@ from babyllama.errors import BabyLlamaError, InputError, MachineError, Numerical
 from babyllama.model import Config, Llama
 from babyllama.train import evaluate, loop
 from babyllama.train.cpu import CPUStep
-from babyllama.train.loop import Compiling, Evaluated, Outcome, Saved, Skipped, Started, Stepped
+from babyllama.train.loop import Compiling, Evaluated, NotCompiled, Outcome, Saved, Skipped, Started, Stepped
 from babyllama.train.recipe import Plan
 
 SMALL = {
@@ -328,48 +328,115 @@ def test_what_is_compiled_at_first_use_is_part_of_the_time_but_not_of_the_progre
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
-def test_a_step_that_cannot_be_compiled_runs_as_it_is(prepared, tmp_path, monkeypatch):
-    def compile_(function, **options):
-        def fails(*inputs):
-            raise RuntimeError("no compiler\nand much about it")
+def compiles_as(monkeypatch, when="called", error=None):
+    """torch.compile returns its function, or fails with `error`: at once, when its result is called, or behind that."""
 
-        return fails
+    def compile_(function, **options):
+        def call(*inputs):
+            if error is not None and when == "called":
+                raise error
+            found = function(*inputs)
+            if error is not None:
+                found.register_hook(fail)
+            return found
+
+        def fail(*gradient):
+            raise error
+
+        if error is not None and when == "at once":
+            raise error
+        return call
 
     monkeypatch.setattr(torch, "compile", compile_)
+
+
+class FromABackendError(RuntimeError):
+    """As torch's own: a heading, and inside it what was wrong."""
+
+    def __init__(self):
+        super().__init__("backend='inductor' raised:\n much else")
+        self.inner_exception = RuntimeError("An exception occurred:\n\nno compiler\nand much about it")
+
+
+@pytest.mark.parametrize("when", ["at once", "called", "backward"])
+def test_a_step_that_cannot_be_compiled_runs_as_it_is(prepared, tmp_path, monkeypatch, when):
     events = []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Training, "_warm_up", lambda self: None)
+        compiles_as(patch)
+        expected = train(prepared, tmp_path / "expected", compile=True, dropout=0.1)
+    compiles_as(monkeypatch, when, FromABackendError())
     run = train(prepared, tmp_path / "run", tell=events.append, compile=True, dropout=0.1)
-    told = [event for event in events if isinstance(event, Compiling)]
-    assert told == [Compiling(), Compiling("no compiler")]
+    told = [event for event in events if isinstance(event, Compiling | NotCompiled)]
+    assert told == [Compiling(), NotCompiled("no compiler")]
     assert [event.step for event in events if isinstance(event, Stepped)] == list(range(1, STEPS + 1))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    other = train(prepared, tmp_path / "compiled", tell=events.append, compile=True, dropout=0.1)
-    assert final(run) == final(other), "what was tried before the first step has left nothing behind"
+    assert final(run) == final(expected), "what was tried before the first step has left nothing behind"
+    (line,) = (line for line in run.metrics() if line["event"] == "not compiled")
+    assert line["step"] == 0 and line["problem"].startswith("backend")
 
 
 def test_memory_that_ends_while_a_step_is_compiled_is_told_as_such(prepared, tmp_path, monkeypatch):
-    def compile_(function, **options):
-        def fails(*inputs):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-        return fails
-
-    monkeypatch.setattr(torch, "compile", compile_)
+    gone = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    compiles_as(monkeypatch, "called", gone)
     with pytest.raises(MachineError) as caught:
         train(prepared, tmp_path / "run", compile=True)
     assert caught.value.code == "E404" and "batch_size=2" in caught.value.fix
 
 
-def test_a_run_whose_gpu_is_gone_goes_on_with_the_step_of_the_cpu(prepared, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("seconds", "compiled"), [(1000.0, True), (2000.0, False)])
+def test_a_resumed_run_is_compiled_again_if_there_is_time_left_for_it(
+    corpus, tmp_path, monkeypatch, seconds, compiled
+):
+    config = Config(vocab_size=corpus.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=16)
+    plan = Plan(model=config, context=16, batch_size=2, seconds=2500.0, evaluations=5, compile=True)
+    now, events = [0.0], []
+    take_step, run = loop._Training.take_step, Run.create(tmp_path / "run", {})
+
+    def slow_step(self, progress):
+        now[0] += 50.0
+        return take_step(self, progress)
+
+    def stop(event):
+        if isinstance(event, Saved) and run.state(event.step)["seconds"] >= seconds:
+            raise PulledPlugError
+
+    def compile_(function, **options):
+        now[0] += 100.0
+        return lambda *inputs: function(*inputs)
+
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loop._Training, "take_step", slow_step)
+    monkeypatch.setattr(torch, "compile", compile_)
+    with pytest.raises(PulledPlugError):
+        loop.train(run, plan, corpus, tell=stop)
+    before = run.state(run.steps()[-1])
+    loop.train(run, plan, corpus, tell=events.append)
+    assert any(isinstance(event, Compiling) for event in events) == compiled
+    first = next(event for event in events if isinstance(event, Stepped))
+    assert first.seconds == before["seconds"] + 50 + 100 * compiled
+    trained = before["seconds"] - before["used"] + 50
+    assert first.progress == pytest.approx(trained / (2500 - 100 - 100 * compiled), rel=0.01)
+
+
+@pytest.mark.parametrize("there", ["cpu", "cuda"])
+def test_a_run_whose_gpu_is_gone_goes_on_with_the_step_of_the_device_there_is(
+    prepared, tmp_path, monkeypatch, there
+):
     with pytest.raises(PulledPlugError):
         train(prepared, tmp_path / "run", tell=stop_at(5))
     run, events = Run(tmp_path / "run"), []
     settings = folder.read_sealed(run.path / "run.json")
     settings["plan"] |= {"device": "cuda:7", "compile": True, "precision": "bfloat16"}
     (run.path / "run.json").write_bytes(folder.sealed(settings))
+    monkeypatch.setattr(machine, "best_device", lambda: there)
+    monkeypatch.setattr(machine, "measure_precision", lambda device: machine.Precision("float32", 1e11, 0.0))
+    monkeypatch.setattr(api, "check_device", lambda device: None)
+    if there == "cuda":
+        monkeypatch.setattr(api, "_train", lambda run, told, step, tell: tell(told))
     api.resume(run.path, tell=events.append)
-    assert not any(isinstance(event, Compiling) for event in events)
-    assert events[0].plan.device == machine.best_device() and events[0].plan.precision == "float32"
-    assert events[-1].step == STEPS
+    chosen = events[0].plan
+    assert (chosen.device, chosen.precision, chosen.compile) == (there, "float32", there == "cuda")
+    assert there == "cuda" or events[-1].step == STEPS
 
 
 @pytest.mark.cuda

@@ -523,7 +523,9 @@ def test_a_step_is_compiled_on_a_gpu_where_the_run_is_long_enough(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
     monkeypatch.setattr(machine, "memory", lambda: (2**40, 2**40))
     on_gpu = {"device": "cuda:0", "speed": Precision("bfloat16", 1e11, 1e12), "size": "3M"}
-    assert [planned(minutes=minutes, **on_gpu).compile for minutes in (4.9, 5)] == [False, True]
+    assert [planned(minutes=minutes, **on_gpu).compile for minutes in (8.9, 9)] == [False, True]
+    assert [planned(minutes=10, used=used, **on_gpu).compile for used in (50.0, 70.0)] == [True, False]
+    assert not planned(minutes=60, **{**on_gpu, "device": "mps"}).compile
     assert [planned(steps=steps, **on_gpu).compile for steps in (10, 100_000)] == [False, True]
     assert planned(minutes=1, settings={"compile": "true"}, **on_gpu).compile
     assert not planned(minutes=60, settings={"compile": "false"}, **on_gpu).compile
