@@ -439,25 +439,23 @@ class _Training:
         Where torch.compile fails, for which there are as many reasons as machines, the step runs without it; also where
         a resumed run has no time for it.
         """
-        tokens, targets = (each.chunk(self.plan.accumulation)[0] for each in self._batch())
         compiles, left = self.plan.compile, self.plan.seconds - self.seconds
+        plainly = replace(self.plan, compile=False)
         if compiles and self.plan.seconds and self.step and left < COMPILE_SECONDS:
-            self.differentiate, compiles = self._not_compiled(), False
+            self.differentiate, compiles = PlainStep(self.model, plainly), False
+        if not compiles and left <= 0:  # a run of so many steps, or of no time at all
+            return
+        tokens, targets = (each.chunk(self.plan.accumulation)[0] for each in self._batch())
         if compiles:
             self.tell(Compiling())
-            try:
-                self.differentiate(tokens, targets, targets.numel(), self.step)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                self._record(event="not compiled", step=self.step, problem=str(error)[:4000])
-                self.tell(NotCompiled(_reason(error)))
-                self.differentiate = self._not_compiled()
-        elif left > 0:
+        try:
             self.differentiate(tokens, targets, targets.numel(), self.step)
-
-    def _not_compiled(self) -> Step:
-        return PlainStep(self.model, replace(self.plan, compile=False))
+        except Exception as error:
+            if not compiles or isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._record(event="not compiled", step=self.step, problem=str(error)[:4000])
+            self.tell(NotCompiled(_reason(error)))
+            self.differentiate = PlainStep(self.model, plainly)
 
     def evaluate(self) -> None:
         self._refuse_not_finite()

@@ -282,7 +282,7 @@ OTHER = {
     "final": 0.1, "beta1": 0.8, "beta2": 0.9, "momentum": 0.9, "normuon": True, "weight_decay": 0.3,
     "weight_decay_falls": True, "cautious": True, "average": 0.05, "dropout": 0.1, "embedding_norm": True,
     "clip": 2.5, "precision": "bfloat16", "threads": 1, "evaluations": 3, "evaluation_tokens": 500, "save_every": 11,
-    "save_seconds": 12.5,
+    "save_seconds": 12.5, "compile": True,
 }  # fmt: skip
 RATES = {name: OTHER[name] for name in ("embedding_rate", "head_rate", "gain_rate")}
 MUON = {"optimizer": "muon", "embedding_norm": True, **RATES}
