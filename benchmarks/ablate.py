@@ -23,8 +23,10 @@ cautious) comes and goes with it; and a cell of another size or vocabulary has t
 same speed. Every result holds the plan it was found with. Besides the fields of Plan a cell may name
 
     vocab_size        ids of the tokenizer                 shape   (dim, layers, heads)
-    tokens_per_step   rows = this over the context         init    "gpt2": normal 0.02 all, as in nanoGPT
-    tie_embeddings    the table is the output matrix too   size    parameters wished for
+    tokens_per_step   rows = this over the context         size    parameters wished for
+    tie_embeddings    the table is the output matrix too   init    "gpt2": normal 0.02 all, as in nanoGPT
+    outputs_spread, inner_spread, embedding_spread, head_spread    of the first weights: of the two matrices of a layer
+                      that write into the residual stream, of its five others, and of the vocabulary's two
 
 A cell with a setting that this version does not know is reported as such, and the others are run. Every result names
 the code that it was found with (a hash of the package); a table of more than one says so.
@@ -53,7 +55,16 @@ HERE = Path(__file__).resolve()
 PACKAGE = HERE.parents[1] / "babyllama"
 Settings = dict[str, Any]
 Line = dict[str, Any]
-OUTSIDE = ("vocab_size", "shape", "size", "tokens_per_step", "init", "tie_embeddings")  # no fields of Plan
+SPREADS = tuple(f"{role}_spread" for role in ("outputs", "inner", "embedding", "head"))
+OUTSIDE = (
+    "vocab_size",
+    "shape",
+    "size",
+    "tokens_per_step",
+    "init",
+    "tie_embeddings",
+    *SPREADS,
+)  # no fields of Plan
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,7 @@ GROUPS: dict[str, list[Cell]] = {
     "first weights": [
         AS_IT_IS,
         Cell("GPT-2 init", {"init": "gpt2"}),
+        *(Cell(f"{role.partition('_')[0]} 0.02", {role: 0.02}) for role in SPREADS),
         Cell("without embedding norm", {"embedding_norm": False}),
         *(Cell(f"embedding rate {rate:g}", {"embedding_rate": rate}) for rate in (0.004, 0.03, 0.2)),
         *(Cell(f"head rate {rate:g}", {"head_rate": rate}) for rate in (0.002, 0.004, 0.008)),
@@ -417,7 +429,6 @@ def one_run(request: Line) -> Line:
     import torch
 
     from babyllama import api
-    from babyllama import model as mathematics
     from babyllama.checkpoint.run import Run
     from babyllama.train import loop
 
@@ -427,11 +438,12 @@ def one_run(request: Line) -> Line:
         return {"missing": f"init {settings['init']!r}"}
     corpus = prepared(request, settings.get("vocab_size", request["base"].get("vocab_size")))
     plan = cell_plan(request, corpus.vocab_size, corpus.train_bytes, len(corpus.train_ids))
-    if "init" in settings:  # by the name that Llama.init_weights looks up
-        residual = 0.02 / math.sqrt(2 * plan.model.n_layers)
-        inward = ("wo.weight", "w_down.weight")
-        mathematics.init_std = lambda name, shape: residual if name.endswith(inward) else 0.02
-        loop.start = lambda model, plan: None  # or the vocabulary's two would have the spreads of the recipe
+    spreads = {role: settings[role] for role in SPREADS if role in settings}
+    if "init" in settings:
+        outputs = 0.02 / math.sqrt(2 * plan.model.n_layers)
+        spreads = {**dict.fromkeys(SPREADS, 0.02), "outputs_spread": outputs, **spreads}
+    if spreads:
+        loop.start = functools.partial(start_with, spreads, loop.start)
     told: Line = {"steps": 0, "training_seconds": 0.0}
 
     def hear(event: Any) -> None:
@@ -470,6 +482,24 @@ def one_run(request: Line) -> Line:
         "processor_seconds": spent[1],
         "torch": torch.__version__,
     }
+
+
+def start_with(spreads: Settings, start: Any, model: Any, plan: Any) -> None:
+    """Give a new model what its plan begins with, and then these spreads."""
+    import torch
+
+    start(model, plan)
+    chance = torch.Generator().manual_seed(plan.seed)
+    for name, weight in model.named_parameters():
+        if name.endswith(("wo.weight", "w_down.weight")):
+            role = "outputs_spread"
+        else:
+            role = {"tok_embeddings.weight": "embedding_spread", "lm_head.weight": "head_spread"}.get(
+                name, "inner_spread"
+            )
+        if role in spreads and weight.dim() == 2:  # not the norms
+            with torch.no_grad():
+                weight.normal_(0.0, spreads[role], generator=chance)
 
 
 def scored(llama: Any, corpus: Any) -> Any:

@@ -26,7 +26,6 @@ from ablate import Cell
 from shapes import SHAPES, Shape, training_flops
 
 from babyllama import machine
-from babyllama import model as mathematics
 from babyllama.model import Llama
 from babyllama.train import loop, recipe
 from babyllama.train.evaluate import score
@@ -495,24 +494,42 @@ def test_an_ablation_scores_the_whole_validation_text(words, tmp_path):
     assert found["training_seconds"] <= 0.6
 
 
-def test_weights_that_begin_as_in_nanogpt_are_all_its(words, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "spreads"),
+    [
+        ({"init": "gpt2"}, {"embedding": 0.02, "head": 0.02, "inner": 0.02, "outputs": 0.01}),
+        ({"outputs_spread": 0.03}, {"embedding": 0.8, "head": 0.001, "inner": 0.125, "outputs": 0.03}),
+        (
+            {"init": "gpt2", "inner_spread": 0.5},
+            {"embedding": 0.02, "head": 0.02, "inner": 0.5, "outputs": 0.01},
+        ),
+    ],
+)
+def test_weights_begin_with_the_spreads_of_their_cell(words, tmp_path, monkeypatch, settings, spreads):
     """Those of the vocabulary too, which the recipe gives spreads of its own."""
-    spreads: list[float] = []
+    found: dict[str, float] = {}
 
     def look(run, plan, corpus, **_):
         model = Llama(plan.model, seed=1)
         loop.start(model, plan)
-        spreads.extend(float(each.weight.detach().std()) for each in (model.tok_embeddings, model.lm_head))
+        layer = model.layers[1]
+        looked_at = {
+            "embedding": model.tok_embeddings,
+            "head": model.lm_head,
+            "inner": layer.feed_forward.w_up,
+        }
+        looked_at |= {"outputs": layer.attention.wo}
+        found.update({role: float(each.weight.detach().std()) for role, each in looked_at.items()})
+        assert layer.ffn_norm.weight.eq(1).all()
         raise SystemExit
 
     monkeypatch.setattr(loop, "train", look)
-    monkeypatch.setattr(loop, "start", loop.start)  # what a run puts in their place ends with this test
-    monkeypatch.setattr(mathematics, "init_std", mathematics.init_std)
+    monkeypatch.setattr(loop, "start", loop.start)  # what a run puts in its place ends with this test
     request = {"text": str(words), "data": str(tmp_path), "seconds": 9.0, "base": {}, "seed": 1}
     request |= {"head": ablate.first_plan(request)}
     with pytest.raises(SystemExit):
-        ablate.one_run({**request, "settings": {"init": "gpt2"}})
-    assert spreads == pytest.approx([0.02, 0.02], rel=0.05)
+        ablate.one_run({**request, "settings": settings})
+    assert found == pytest.approx(spreads, rel=0.06)
 
 
 def test_what_is_in_a_text_counts_not_its_name(tmp_path):
@@ -551,7 +568,10 @@ def planned(request: dict[str, Any], cell: Cell) -> Plan:
 def test_cells_of_a_group_differ(group, monkeypatch):
     cells, request = ablate.GROUPS[group], first(3000, monkeypatch)
     assert len({cell.name for cell in cells}) == len(cells)
-    baseline, *plans = (repr((planned(request, cell), cell.settings.get("init"))) for cell in cells)
+    begin = ("init", *ablate.SPREADS)  # what is no part of a plan
+    baseline, *plans = (
+        repr((planned(request, cell), {name: cell.settings.get(name) for name in begin})) for cell in cells
+    )
     assert len(set(plans)) == len(plans)
     listed = group in (
         "vocabulary",
