@@ -213,6 +213,30 @@ def paired(ours: dict[int, float], baseline: dict[int, float]) -> tuple[float, f
     return statistics.fmean(differences), t_quantile(n - 1) * statistics.stdev(differences) / math.sqrt(n), n
 
 
+def difference(ours: dict[int, float], baseline: dict[int, float]) -> str:
+    """As a table has it; bold where the interval does not hold 0."""
+    mean, half, n = paired(ours, baseline)
+    if n == 0:
+        return "-"
+    told = f"{'−' if mean < 0 else '+'}{abs(mean):.4f}" + ("" if half is None else f" ± {half:.4f}")
+    return f"**{told}**" if half is not None and abs(mean) > half else told
+
+
+def slope(cells: list[list[tuple[float, float]]]) -> float | None:
+    """Of y over x, from (x, y) of each run, cells having means of their own; None where x does not vary enough to tell.
+
+    With y bits per byte and x the logarithm of the tokens seen, what is left of y when it is taken off is what would
+    have been reached with as many tokens as the others: a shared machine is now faster, now slower, by a tenth.
+    """
+    products = squares = 0.0
+    for points in cells:
+        middle_x, middle_y = (statistics.fmean(each) for each in zip(*points, strict=True))
+        products += sum((x - middle_x) * (y - middle_y) for x, y in points)
+        squares += sum((x - middle_x) ** 2 for x, _ in points)
+    runs = sum(map(len, cells))
+    return products / squares if squares > 1e-6 * runs and runs - len(cells) >= 4 else None
+
+
 # ---- results on disk -------------------------------------------------------------------------------
 
 
@@ -263,37 +287,45 @@ def code() -> str:
 def table(lines: list[Line], cells: list[Cell], where: Line, refused: dict[str, str] | None = None) -> str:
     """Markdown, one line a cell: what was measured under these conditions. Negative differences are better.
 
-    Bold: the 95 % interval of the difference does not hold 0. `refused`: why a cell could not be run.
+    Bold: the 95 % interval of the difference does not hold 0. `refused`: why a cell could not be run. "At equal tokens"
+    the slope of `slope` is taken off; its own uncertainty is not in the interval.
     """
     found: dict[str, list[Line]] = {}
     for cell in cells:
         found[cell.name] = [line for line in lines if same(line, where, cell) and "bits_per_byte" in line]
     bits = {name: {line["seed"]: line["bits_per_byte"] for line in each} for name, each in found.items()}
-    baseline = bits[cells[0].name]
+    seen = {
+        name: {line["seed"]: math.log(line["tokens_per_second"] * line["training_seconds"]) for line in each}
+        for name, each in found.items()
+    }
+    by_tokens = slope(
+        [[(seen[name][seed], y) for seed, y in runs.items()] for name, runs in bits.items() if runs]
+    )
+    equal = {
+        name: {seed: y - (by_tokens or 0.0) * seen[name][seed] for seed, y in runs.items()}
+        for name, runs in bits.items()
+    }
+    first = cells[0].name
     rows = [
         f"| {where['text']}, {where['seconds']:g} s ({where['clock']}) | bits per byte "
-        "| difference, 95 % | n | steps | tokens/s | training s | parameters |",
-        "|---|---|---|---|---|---|---|---|",
+        "| difference, 95 % | at equal tokens | n | steps | tokens/s | training s | parameters |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
         each = found[cell.name]
         if not each:
             why = (refused or {}).get(cell.name, "-")
-            rows.append(f"| {cell.name} | - | {why} | 0 | - | - | - | - |")
+            rows.append(f"| {cell.name} | - | {why} | - | 0 | - | - | - | - |")
             continue
-        mean, half, n = paired(bits[cell.name], baseline)
-        if cell is cells[0]:
-            difference, n = "baseline", len(each)
-        else:
-            sign = "−" if mean < 0 else "+"
-            difference = "-" if math.isnan(mean) else f"{sign}{abs(mean):.4f}"
-            difference += "" if half is None else f" ± {half:.4f}"
-            if half is not None and abs(mean) > half:
-                difference = f"**{difference}**"
+        differences, n = ["baseline", ""], len(each)
+        if cell is not cells[0]:
+            n = len(bits[cell.name].keys() & bits[first].keys())
+            differences = [difference(values[cell.name], values[first]) for values in (bits, equal)]
+            differences[1] = "-" if by_tokens is None else differences[1]
         row = [
             cell.name,
             f"{statistics.fmean(bits[cell.name].values()):.4f}",
-            difference,
+            *differences,
             str(n),
             f"{statistics.fmean(line['steps'] for line in each):,.0f}",
             f"{statistics.fmean(line['tokens_per_second'] for line in each):,.0f}",

@@ -414,10 +414,10 @@ def test_the_table_of_an_ablation():
     lines += [line(CELLS[1], seed, 2 + seed / 10 - 0.1 - seed / 1000) for seed in (1, 2, 3)]
     lines.append(line(CELLS[1], 9, 1.0, seconds=60.0))  # another budget
     found = rows(ablate.table(lines, CELLS, WHERE))
-    assert found["baseline"][:3] == ["2.2000", "baseline", "3"]
+    assert found["baseline"][:4] == ["2.2000", "baseline", "", "3"]
     half = 4.3027 * statistics.stdev([0.101, 0.102, 0.103]) / math.sqrt(3)
     assert found["better"] == [
-        "2.0980", f"**−0.1020 ± {half:.4f}**", "3", "100", "1,000", "2.0", "12,345",
+        "2.0980", f"**−0.1020 ± {half:.4f}**", "-", "3", "100", "1,000", "2.0", "12,345",
     ]  # fmt: skip
     assert found["not run"][0] == "-"
     assert "versions" not in ablate.table(lines, CELLS, WHERE)
@@ -530,6 +530,22 @@ def test_weights_begin_with_the_spreads_of_their_cell(words, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         ablate.one_run({**request, "settings": settings})
     assert found == pytest.approx(spreads, rel=0.06)
+
+
+def test_at_equal_tokens_the_speed_of_the_machine_is_out_of_a_difference():
+    """Half a bit for each doubling of the tokens, 0.03 for the cell, and seeds of their own."""
+    lines, own = [], {1: 0.002, 2: -0.003, 3: 0.002, 4: 0.004}
+    for at, cell in enumerate(CELLS[:2]):
+        for seed, speed in enumerate([(800, 1000, 1200, 900), (1500, 1000, 1400, 1300)][at], 1):
+            bits = 2 + own[seed] - 0.5 * math.log2(speed / 1000) - 0.03 * at
+            lines.append(line(cell, seed, bits, tokens_per_second=float(speed)))
+    found = rows(ablate.table(lines, CELLS, WHERE))["better"]
+    mean, half = (float(part.strip("*")) for part in found[2].replace("−", "-").split(" ± "))
+    assert mean == pytest.approx(-0.03, abs=0.005) and half < 0.01
+    raw = float(found[1].strip("*").replace("−", "-").split(" ± ")[0])
+    assert raw < -0.2, "more than half of which is speed"
+    alike = [line(cell, seed, 2.0 + seed) for cell in CELLS[:2] for seed in (1, 2, 3, 4)]
+    assert rows(ablate.table(alike, CELLS, WHERE))["better"][2] == "-"
 
 
 def test_what_is_in_a_text_counts_not_its_name(tmp_path):
