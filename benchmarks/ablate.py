@@ -717,7 +717,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     cells = GROUPS.get(given.group or "", [])
     if given.cell:
-        cells = [*(cells or [AS_IT_IS]), *map(parse_cell, given.cell)]
+        cells = cells or [AS_IT_IS]
+        cells = [*cells, *(cell for cell in map(parse_cell, given.cell) if cell not in cells)]
     if not cells:
         raise SystemExit(f"no group {given.group!r}; there are: {', '.join(map(shlex.quote, GROUPS))}")
     given.base = dict(map(parse_setting, given.set))
