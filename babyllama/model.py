@@ -332,12 +332,12 @@ class Llama(nn.Module):
 
 def init_std(name: str, shape: tuple[int, ...]) -> float:
     """Spread of a new matrix (out, in), our choice: 0 for the two that write into the residual stream, so that a block
-    begins as the identity; little for the vocabulary's, so that all tokens begin about alike; 1/√in elsewhere."""
+    begins as the identity; else GPT-2's 0.02, or less for a wide vocabulary, so that all tokens begin about alike."""
     if name.endswith(("attention.wo.weight", "feed_forward.w_down.weight")):
         return 0.0
     if name in ("tok_embeddings.weight", "lm_head.weight"):
         return min(0.02, 2 / shape[1])
-    return shape[1] ** -0.5
+    return 0.02
 
 
 def _require(sizes: object, name: str, holds: object, rule: str) -> None:

@@ -114,7 +114,9 @@ GROUPS: dict[str, list[Cell]] = {
     "first weights": [
         AS_IT_IS,
         Cell("GPT-2 init", {"init": "gpt2"}),
-        *(Cell(f"{role.partition('_')[0]} 0.02", {role: 0.02}) for role in SPREADS),
+        Cell("embedding 0.8", {"embedding_spread": 0.8}),
+        Cell("head 0.001", {"head_spread": 0.001}),
+        *(Cell(f"inner {spread:g}", {"inner_spread": spread}) for spread in (0.05, 0.1)),
         Cell("without embedding norm", {"embedding_norm": False}),
         *(Cell(f"embedding rate {rate:g}", {"embedding_rate": rate}) for rate in (0.004, 0.03, 0.2)),
         *(Cell(f"head rate {rate:g}", {"head_rate": rate}) for rate in (0.002, 0.004, 0.008)),
@@ -461,6 +463,7 @@ def one_run(request: Line) -> Line:
     import torch
 
     from babyllama import api
+    from babyllama import model as mathematics
     from babyllama.checkpoint.run import Run
     from babyllama.train import loop
 
@@ -475,7 +478,7 @@ def one_run(request: Line) -> Line:
         outputs = 0.02 / math.sqrt(2 * plan.model.n_layers)
         spreads = {**dict.fromkeys(SPREADS, 0.02), "outputs_spread": outputs, **spreads}
     if spreads:
-        loop.start = functools.partial(start_with, spreads, loop.start)
+        mathematics.init_std = functools.partial(spread, spreads, mathematics.init_std)
     told: Line = {"steps": 0, "training_seconds": 0.0}
 
     def hear(event: Any) -> None:
@@ -516,22 +519,14 @@ def one_run(request: Line) -> Line:
     }
 
 
-def start_with(spreads: Settings, start: Any, model: Any, plan: Any) -> None:
-    """Give a new model what its plan begins with, and then these spreads."""
-    import torch
-
-    start(model, plan)
-    chance = torch.Generator().manual_seed(plan.seed)
-    for name, weight in model.named_parameters():
-        if name.endswith(("wo.weight", "w_down.weight")):
-            role = "outputs_spread"
-        else:
-            role = {"tok_embeddings.weight": "embedding_spread", "lm_head.weight": "head_spread"}.get(
-                name, "inner_spread"
-            )
-        if role in spreads and weight.dim() == 2:  # not the norms
-            with torch.no_grad():
-                weight.normal_(0.0, spreads[role], generator=chance)
+def spread(spreads: Settings, usual: Any, name: str, shape: tuple[int, ...]) -> float:
+    """Of a new matrix, where a cell names it; else `usual`."""
+    role = {"tok_embeddings.weight": "embedding_spread", "lm_head.weight": "head_spread"}.get(
+        name, "inner_spread"
+    )
+    if name.endswith(("wo.weight", "w_down.weight")):
+        role = "outputs_spread"
+    return spreads.get(role, usual(name, shape))
 
 
 def scored(llama: Any, corpus: Any) -> Any:

@@ -26,6 +26,7 @@ from ablate import Cell
 from shapes import SHAPES, Shape, training_flops
 
 from babyllama import machine
+from babyllama import model as mathematics
 from babyllama.model import Llama
 from babyllama.train import loop, recipe
 from babyllama.train.evaluate import score
@@ -498,7 +499,11 @@ def test_an_ablation_scores_the_whole_validation_text(words, tmp_path):
     ("settings", "spreads"),
     [
         ({"init": "gpt2"}, {"embedding": 0.02, "head": 0.02, "inner": 0.02, "outputs": 0.01}),
-        ({"outputs_spread": 0.03}, {"embedding": 0.8, "head": 0.001, "inner": 0.125, "outputs": 0.03}),
+        ({"outputs_spread": 0.03}, {"embedding": 0.02, "head": 0.02, "inner": 0.02, "outputs": 0.03}),
+        (
+            {"embedding_spread": 0.8, "head_spread": 0.1},
+            {"embedding": 0.8, "head": 0.1, "inner": 0.02, "outputs": 0.0},
+        ),
         (
             {"init": "gpt2", "inner_spread": 0.5},
             {"embedding": 0.02, "head": 0.02, "inner": 0.5, "outputs": 0.01},
@@ -506,12 +511,10 @@ def test_an_ablation_scores_the_whole_validation_text(words, tmp_path):
     ],
 )
 def test_weights_begin_with_the_spreads_of_their_cell(words, tmp_path, monkeypatch, settings, spreads):
-    """Those of the vocabulary too, which the recipe gives spreads of its own."""
     found: dict[str, float] = {}
 
     def look(run, plan, corpus, **_):
         model = Llama(plan.model, seed=1)
-        loop.start(model, plan)
         layer = model.layers[1]
         looked_at = {
             "embedding": model.tok_embeddings,
@@ -524,7 +527,9 @@ def test_weights_begin_with_the_spreads_of_their_cell(words, tmp_path, monkeypat
         raise SystemExit
 
     monkeypatch.setattr(loop, "train", look)
-    monkeypatch.setattr(loop, "start", loop.start)  # what a run puts in its place ends with this test
+    monkeypatch.setattr(
+        mathematics, "init_std", mathematics.init_std
+    )  # what a run puts there ends with this test
     request = {"text": str(words), "data": str(tmp_path), "seconds": 9.0, "base": {}, "seed": 1}
     request |= {"head": ablate.first_plan(request)}
     with pytest.raises(SystemExit):

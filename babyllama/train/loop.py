@@ -35,7 +35,7 @@ from babyllama.model import Llama, tap_names
 from babyllama.train.evaluate import Score, score
 from babyllama.train.optim import Average, Optimizer
 from babyllama.train.recipe import COMPILE_SECONDS, Plan
-from babyllama.train.step import PlainStep, Step, folded, loss_sum, products, start
+from babyllama.train.step import PlainStep, Step, folded, loss_sum, products
 
 OPTIMIZER = "optim.safetensors"
 PROCESS_STATUS = Path("/proc/self/status")
@@ -205,9 +205,7 @@ class _Training:
         elif wanted is not None:
             self.run.checked(wanted)
         if wanted is None:
-            model = Llama(self.plan.model, seed=self.plan.seed)
-            start(model, self.plan)
-            self._take(model)
+            self._take(Llama(self.plan.model, seed=self.plan.seed))
         else:
             self._load(wanted)
         self._keep_metrics(lambda line: line.get("step", 0) <= self.step)  # later steps will be told again

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from babyllama.data.batches import IGNORE
-from babyllama.model import Llama, Tap, init_std, no_tap
+from babyllama.model import Llama, Tap, no_tap
 from babyllama.train.recipe import Plan
 
 
@@ -117,18 +117,6 @@ def dropout_mask(like: Tensor, key: int | Tensor, rate: float) -> Tensor:
 
 
 # ---- the norm after the embedding ----------------------------------------------------------------
-
-EMBEDDING_SPREAD = 0.8  # at the start, of an embedding with a norm behind it: its rate is meant for this size
-HEAD_SPREAD = 0.001  # of the head beside it: all tokens begin alike
-
-
-@torch.no_grad()
-def start(model: Llama, plan: Plan) -> None:
-    """Give a new model the spreads that its plan begins with, where they are not those of model.py."""
-    if plan.embedding_norm and model.lm_head is not None:
-        spread = init_std("tok_embeddings.weight", tuple(model.tok_embeddings.weight.shape))
-        model.tok_embeddings.weight.mul_(EMBEDDING_SPREAD / spread)
-        model.lm_head.weight.mul_(HEAD_SPREAD / spread)
 
 
 def fold(embedding: Tensor, eps: float) -> Tensor:

@@ -637,9 +637,9 @@ def test_a_norm_after_the_embedding_is_folded_into_what_is_saved(prepared, tmp_p
     folder = run.folder(STEPS)
     saved, trained = load_file(folder / "model.safetensors"), load_file(folder / "optim.safetensors")
     rows, raw = saved["model.embed_tokens.weight"], trained[loop.TRAINED]
-    assert torch.allclose(rows.square().mean(-1), torch.ones(len(rows)), atol=1e-3)
-    assert torch.allclose(rows, raw / raw.square().mean(-1, keepdim=True).sqrt(), atol=1e-3)
-    assert 0.3 < float(raw.square().mean().sqrt()) < 0.99
+    size = raw.square().mean(-1, keepdim=True)
+    assert torch.allclose(rows, raw / (size + 1e-5).sqrt(), rtol=1e-4)
+    assert 0.01 < float(size.sqrt().mean()) < 0.9, "so that the fold is no matter of taste"
     finished = run.metrics()[-1]["bits_per_byte"]
     llama, ids = api.load(folder), np.asarray(corpus.val_ids)
     tokenizer = corpus.tokenizer
@@ -658,7 +658,9 @@ def test_a_norm_after_the_embedding_is_folded_into_what_is_saved(prepared, tmp_p
         corpus,
         sample=lambda model: shown.append(copy.deepcopy(model)) or "",
     )
-    assert torch.allclose(shown[0].tok_embeddings.weight.square().mean(-1), torch.ones(len(rows)), atol=1e-3)
+    assert shown[0].tok_embeddings.weight.square().mean(-1).min() > 0.9, (
+        "as rows begin with 0.02, and the norm's eps"
+    )
 
 
 # ---- the gradient --------------------------------------------------------------------------------
