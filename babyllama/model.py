@@ -332,7 +332,8 @@ class Llama(nn.Module):
 
 def init_std(name: str, shape: tuple[int, ...]) -> float:
     """Spread of a new matrix (out, in), our choice: 0 for the two that write into the residual stream, so that a block
-    begins as the identity; else GPT-2's 0.02, or less for a wide vocabulary, so that all tokens begin about alike."""
+    begins as the identity; else GPT-2's 0.02, or less for the vocabulary's in a wide model, so that all tokens begin
+    about alike."""
     if name.endswith(("attention.wo.weight", "feed_forward.w_down.weight")):
         return 0.0
     if name in ("tok_embeddings.weight", "lm_head.weight"):

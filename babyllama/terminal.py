@@ -217,7 +217,7 @@ class TrainingScreen:
         console.print("Compiling the step: a minute or so.")
 
     def _notcompiled(self, event: Any) -> None:
-        note(f"It could not be compiled, so steps are slower: {event.problem}")
+        note(f"The step is not compiled: {event.why}")
 
     def _stepped(self, event: Any) -> None:
         if not console.is_terminal:

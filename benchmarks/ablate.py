@@ -55,6 +55,7 @@ HERE = Path(__file__).resolve()
 PACKAGE = HERE.parents[1] / "babyllama"
 Settings = dict[str, Any]
 Line = dict[str, Any]
+Runs = dict[str, dict[int, float]]  # a number of each run, by cell and seed
 SPREADS = tuple(f"{role}_spread" for role in ("outputs", "inner", "embedding", "head"))
 OUTSIDE = (
     "vocab_size",
@@ -215,28 +216,52 @@ def paired(ours: dict[int, float], baseline: dict[int, float]) -> tuple[float, f
     return statistics.fmean(differences), t_quantile(n - 1) * statistics.stdev(differences) / math.sqrt(n), n
 
 
-def difference(ours: dict[int, float], baseline: dict[int, float]) -> str:
+def difference(mean: float, half: float | None) -> str:
     """As a table has it; bold where the interval does not hold 0."""
-    mean, half, n = paired(ours, baseline)
-    if n == 0:
+    if math.isnan(mean):
         return "-"
     told = f"{'−' if mean < 0 else '+'}{abs(mean):.4f}" + ("" if half is None else f" ± {half:.4f}")
     return f"**{told}**" if half is not None and abs(mean) > half else told
 
 
-def slope(cells: list[list[tuple[float, float]]]) -> float | None:
-    """Of y over x, from (x, y) of each run, cells having means of their own; None where x does not vary enough to tell.
+def slope(bits: Runs, seen: Runs) -> tuple[float, float] | None:
+    """Of bits per byte over the logarithm of the tokens seen, and half the width of its 95 % interval.
 
-    With y bits per byte and x the logarithm of the tokens seen, what is left of y when it is taken off is what would
-    have been reached with as many tokens as the others: a shared machine is now faster, now slower, by a tenth.
+    A shared machine is now faster, now slower, by a tenth. By least squares, cells and seeds having means of their own;
+    None where fewer than three runs more are known than that takes, or where all saw as many tokens.
     """
-    products = squares = 0.0
-    for points in cells:
-        middle_x, middle_y = (statistics.fmean(each) for each in zip(*points, strict=True))
-        products += sum((x - middle_x) * (y - middle_y) for x, y in points)
-        squares += sum((x - middle_x) ** 2 for x, _ in points)
-    runs = sum(map(len, cells))
-    return products / squares if squares > 1e-6 * runs and runs - len(cells) >= 4 else None
+    import numpy as np  # here: a run is held to its core before numpy starts its threads
+
+    runs = [(cell, seed) for cell, each in bits.items() for seed in each]
+    cells, seeds = dict.fromkeys(cell for cell, _ in runs), dict.fromkeys(seed for _, seed in runs)
+    if len(runs) < len(cells) + len(seeds) + 3:
+        return None
+    means = np.array(
+        [[cell == each for each in cells] + [seed == each for each in seeds] for cell, seed in runs]
+    )
+    both = np.array([[seen[cell][seed], bits[cell][seed]] for cell, seed in runs])
+    coefficients, _, rank, _ = np.linalg.lstsq(means.astype(float), both, rcond=None)
+    x, y = (both - means @ coefficients).T
+    if x @ x < 1e-9:
+        return None
+    found, free = x @ y / (x @ x), len(runs) - int(rank) - 1
+    error = np.linalg.norm(y - found * x) / math.sqrt(free * (x @ x))
+    return float(found), t_quantile(free) * float(error)
+
+
+def at_equal_tokens(
+    cell: str, baseline: str, bits: Runs, seen: Runs, by_tokens: tuple[float, float] | None
+) -> tuple[float, float | None]:
+    """As `paired`, but for what the one saw more than the other; that the slope is an estimate is in the interval."""
+    if by_tokens is None:
+        return math.nan, None
+    found, uncertain = by_tokens
+    more = paired(seen[cell], seen[baseline])[0]
+    rest = [
+        {seed: y - found * seen[name][seed] for seed, y in bits[name].items()} for name in (cell, baseline)
+    ]
+    mean, half, _ = paired(*rest)
+    return mean, half and math.hypot(half, uncertain * more)
 
 
 # ---- results on disk -------------------------------------------------------------------------------
@@ -290,7 +315,7 @@ def table(lines: list[Line], cells: list[Cell], where: Line, refused: dict[str, 
     """Markdown, one line a cell: what was measured under these conditions. Negative differences are better.
 
     Bold: the 95 % interval of the difference does not hold 0. `refused`: why a cell could not be run. "At equal tokens"
-    the slope of `slope` is taken off; its own uncertainty is not in the interval.
+    what `slope` says of the tokens that the one saw more is taken off.
     """
     found: dict[str, list[Line]] = {}
     for cell in cells:
@@ -300,14 +325,7 @@ def table(lines: list[Line], cells: list[Cell], where: Line, refused: dict[str, 
         name: {line["seed"]: math.log(line["tokens_per_second"] * line["training_seconds"]) for line in each}
         for name, each in found.items()
     }
-    by_tokens = slope(
-        [[(seen[name][seed], y) for seed, y in runs.items()] for name, runs in bits.items() if runs]
-    )
-    equal = {
-        name: {seed: y - (by_tokens or 0.0) * seen[name][seed] for seed, y in runs.items()}
-        for name, runs in bits.items()
-    }
-    first = cells[0].name
+    by_tokens, first = slope(bits, seen), cells[0].name
     rows = [
         f"| {where['text']}, {where['seconds']:g} s ({where['clock']}) | bits per byte "
         "| difference, 95 % | at equal tokens | n | steps | tokens/s | training s | parameters |",
@@ -321,9 +339,9 @@ def table(lines: list[Line], cells: list[Cell], where: Line, refused: dict[str, 
             continue
         differences, n = ["baseline", ""], len(each)
         if cell is not cells[0]:
-            n = len(bits[cell.name].keys() & bits[first].keys())
-            differences = [difference(values[cell.name], values[first]) for values in (bits, equal)]
-            differences[1] = "-" if by_tokens is None else differences[1]
+            mean, half, n = paired(bits[cell.name], bits[first])
+            equal = at_equal_tokens(cell.name, first, bits, seen, by_tokens)
+            differences = [difference(mean, half), difference(*equal)]
         row = [
             cell.name,
             f"{statistics.fmean(bits[cell.name].values()):.4f}",
@@ -712,8 +730,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     cells = GROUPS.get(given.group or "", [])
     if given.cell:
-        cells = cells or [AS_IT_IS]
-        cells = [*cells, *(cell for cell in map(parse_cell, given.cell) if cell not in cells)]
+        cells = list(cells) or [AS_IT_IS]
+        for cell in map(parse_cell, given.cell):
+            if cell.settings not in [known.settings for known in cells]:  # results are found by these
+                cells.append(cell)
     if not cells:
         raise SystemExit(f"no group {given.group!r}; there are: {', '.join(map(shlex.quote, GROUPS))}")
     given.base = dict(map(parse_setting, given.set))

@@ -14,7 +14,7 @@ from babyllama import terminal
 from babyllama.checkpoint.run import Run
 from babyllama.model import Config
 from babyllama.terminal import TrainingScreen, command, duration, expected, plural, printable, size
-from babyllama.train.loop import Skipped
+from babyllama.train.loop import Compiling, NotCompiled, Skipped
 from babyllama.train.recipe import Forecast, Plan
 
 FAST = ["--size", "100k", "--device", "cpu", "--set", "context=32", "--set", "batch_size=4"]
@@ -93,6 +93,14 @@ def test_a_resumed_run_shows_no_bar_of_a_preparation_that_there_is_not(book, tmp
     seen_in_a_terminal(80, "train", str(book), "--out", str(tmp_path / "run"), "--steps", "20", *FAST)
     shown = seen_in_a_terminal(80, "train", "--resume", str(tmp_path / "run"))
     assert "reading" not in shown and "encoding" not in shown
+
+
+def test_a_run_says_when_it_compiles_its_step_and_when_it_does_not(capsys):
+    screen = TrainingScreen()
+    screen(Compiling())
+    screen(NotCompiled("too little time is left"))
+    said = capsys.readouterr()
+    assert "Compiling the step" in said.out and "not compiled: too little time" in said.out + said.err
 
 
 def test_training_goes_on_when_the_screen_goes_away(book, tmp_path):

@@ -62,9 +62,9 @@ class Compiling:
 
 @dataclass(frozen=True)
 class NotCompiled:
-    """torch.compile had this problem, and the step runs as it is, slower."""
+    """torch.compile was asked for, and the step runs without it."""
 
-    problem: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class _Training:
         self.after_bos = corpus.tokenizer.bos_id, corpus.tokenizer.byte_lengths(corpus.tokenizer.bos_id)
         self.clock = time.perf_counter()  # when `seconds` was last brought up to date
         self.step, self.seconds, self.best_bits = 0, used, math.inf
-        self.used = used  # of the seconds, before the first step
+        self.used = used  # of the seconds, before the first step: at the start, and at each resume
         self.done = False  # trained to the end, and the better of the last weights and their average kept
         self.complete = False  # that, and saved
         self.last_tokens: int | None = None  # scored of the last weights; None: all there are
@@ -298,8 +298,8 @@ class _Training:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done: of its steps, or of the seconds between what comes before the first step and
-        what comes after the last."""
+        """Share of the run that is done: of its steps, or of its seconds but for those before the first step, here and
+        at each resume, and after the last."""
         if self.plan.steps:
             return self.step / self.plan.steps
         whole = self.plan.seconds - self.reserved - self.used
@@ -345,7 +345,7 @@ class _Training:
     def run_from(self, wanted: int | None, caught: list[int]) -> None:
         """Train to the end, or until a signal is caught; either way everything is saved then."""
         self.restore(wanted)
-        began = self.seconds
+        began, reached = self.seconds, self.progress
         if not self.done and not caught:
             self._warm_up()
         self._reserve()
@@ -353,7 +353,7 @@ class _Training:
         self.used += self.seconds - began  # no progress
         recent = [(time.perf_counter(), self.step)]
         last_save, saved = time.perf_counter(), self.step
-        save_due = evaluation_due = False
+        save_due, evaluation_due = False, self._due(reached, self.plan.evaluations)
         while not self.done and not caught:
             # Where the time ended in a save one more step is taken, so that there is one to be judged as the last.
             before = min(self.progress, 0.5 if self.step == 0 else 1.0)
@@ -438,9 +438,9 @@ class _Training:
         a resumed run has no time for it.
         """
         compiles, left = self.plan.compile, self.plan.seconds - self.seconds
-        plainly = replace(self.plan, compile=False)
         if compiles and self.plan.seconds and self.step and left < COMPILE_SECONDS:
-            self.differentiate, compiles = PlainStep(self.model, plainly), False
+            self._without_compiling("too little time is left")
+            compiles = False
         if not compiles and left <= 0:  # a run of so many steps, or of no time at all
             return
         tokens, targets = (each.chunk(self.plan.accumulation)[0] for each in self._batch())
@@ -451,9 +451,12 @@ class _Training:
         except Exception as error:
             if not compiles or isinstance(error, torch.OutOfMemoryError):
                 raise
-            self._record(event="not compiled", step=self.step, problem=str(error)[:4000])
-            self.tell(NotCompiled(_reason(error)))
-            self.differentiate = PlainStep(self.model, plainly)
+            self._without_compiling(_reason(error), str(error)[:4000])
+
+    def _without_compiling(self, why: str, problem: str = "") -> None:
+        self._record(event="not compiled", step=self.step, problem=problem or why)
+        self.tell(NotCompiled(why))
+        self.differentiate = _step(self.model, replace(self.plan, compile=False))
 
     def evaluate(self) -> None:
         self._refuse_not_finite()

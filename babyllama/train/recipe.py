@@ -245,11 +245,12 @@ def _for_model(
 ) -> Plan:
     """The plan for a model of this size.
 
-    What the numbers rest on stands in docs/log.md. 2026-11-30, "each default taken back by itself": Muon, cautious
-    decay, the norm after the embedding and weight decay win there; schedule, warm-up, average and clip make no
-    difference. 2026-11-30, "dropout hurts long before it helps". 2026-11-24, "weight decay was twice too strong": its
-    largest. 2026-11-24, "what a small text wants": Muon's rate, one seed each. The other rates, the size of a step and
-    the growth of weight decay with the passes were chosen in runs that are not in the log.
+    What the numbers rest on stands in docs/log.md, 2026-11-30, if no other day is named. "Each default taken back by
+    itself" (two tables): Muon and the norm after the embedding win, dropout loses, linear beats cosine; cautious decay
+    and weight decay win in one of them or on one text; warm-up, average and clip make no difference. "Dropout hurts
+    long before it helps". 2026-11-24, "weight decay was twice too strong": its largest. 2026-11-24, "what a small text
+    wants": Muon's rate, one seed each. The other rates, the size of a step and the growth of weight decay with the
+    passes were chosen in runs that are not in the log.
     """
     context, width = settings["context"], model.dim
     steps, seconds = until.steps, until.seconds
