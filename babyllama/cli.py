@@ -94,7 +94,7 @@ Raw = Annotated[bool, typer.Option("--raw", help="Print control characters as th
 # ---- story ---------------------------------------------------------------------------------------
 
 STORY_RUN = Path("runs/fairy-tales")
-STORY_TEXT, STORY_BEGINNING = "fairy-tales", "There was once"
+STORY_TEXT, STORY_BEGINNING, STORY_TOKENS = "fairy-tales", "There was once", 256
 SENTENCE_END = re.compile(r"""[.!?]["')]*(?=\s|\Z)""")
 
 
@@ -131,12 +131,19 @@ def story(
 
 
 def _tell(llama: Any, beginning: str, seed: int) -> None:
-    """Fill the context with a story, and tell it up to its last whole sentence."""
+    """Tell a story up to its last whole sentence. Where the context is full, it goes on from its latter half."""
     from babyllama.terminal import say
 
-    story = beginning + llama.generate(
-        beginning, max_tokens=llama.config.max_seq_len, temperature=0.6, top_p=0.9, seed=seed
-    )
+    story, remembered, told, ended = beginning, beginning, 0, False
+    while told < STORY_TOKENS and not ended:
+        answer = llama.stream(
+            remembered, max_tokens=STORY_TOKENS - told, temperature=0.6, top_p=0.9, seed=seed + told
+        )
+        more = "".join(answer)
+        told, ended = told + answer.tokens, answer.ended or not answer.tokens
+        story += more
+        ids = llama.tokenizer.encode(remembered + more)
+        remembered = llama.tokenizer.decode(ids[-(llama.config.max_seq_len // 2) :])
     ends = [found.end() for found in SENTENCE_END.finditer(story)]
     say(story[: ends[-1]] if ends else story)
 

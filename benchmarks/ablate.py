@@ -93,7 +93,7 @@ GROUPS: dict[str, list[Cell]] = {
         Cell("clipped at 1", {"clip": 1.0}),
         Cell("weight decay 0", {"weight_decay": 0.0}),
         Cell("dropout 0.1", {"dropout": 0.1}),
-        Cell("context 128", {"context": 128}),
+        Cell("context 256", {"context": 256}),
     ],
     "start": [  # against the plainest of all
         AS_IT_IS,
@@ -152,7 +152,10 @@ GROUPS: dict[str, list[Cell]] = {
             for shape in ((64, 2, 2), (96, 3, 3), (128, 4, 4), (160, 4, 5), (192, 5, 6), (256, 6, 4))
         ),
     ],
-    "context": [AS_IT_IS, *(Cell(f"{context} tokens", {"context": context}) for context in (64, 128, 512))],
+    "context": [
+        AS_IT_IS,
+        *(Cell(f"{context} tokens", {"context": context}) for context in (64, 128, 256, 512)),
+    ],
     "regularisation": [  # epochs are what --seconds makes of a text
         AS_IT_IS,
         *(

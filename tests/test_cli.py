@@ -395,15 +395,27 @@ def test_a_story_that_was_interrupted_goes_on_learning_and_is_then_told(
     assert "Going on" not in said(*story)
 
 
+def telling(monkeypatch, *parts):
+    """Models say a part of these ids when they are asked, then nothing. Returns the list of what they are asked."""
+    asked, left = [], list(parts)
+
+    def generate(model, prompts, **options):
+        asked.append(prompts[0])
+        ids = left.pop(0) if left else []
+        return iter(Token(0, id, place) for place, id in enumerate(ids))
+
+    monkeypatch.setattr(api, "generate", generate)
+    return asked
+
+
 def test_a_story_ends_with_its_last_whole_sentence(run, said, monkeypatch):
     words = ' a king. "Come in!" said he. He was 3.5 feet tall and his'
     ids = api.load(run).tokenizer.encode(words)
-    monkeypatch.setattr(
-        api, "generate", lambda *given, **options: iter(Token(0, id, place) for place, id in enumerate(ids))
-    )
+    telling(monkeypatch, ids)
     told = said("story", "--out", run)
     assert f'\n{cli.STORY_BEGINNING} a king. "Come in!" said he.\n' in told
     ids[:] = ids[:2]
+    telling(monkeypatch, ids)
     told = said("story", "--out", run)
     assert cli.STORY_BEGINNING + api.load(run).tokenizer.decode(ids) in told, (
         "no sentence has ended: all of it"
@@ -518,6 +530,19 @@ def test_the_command_line_itself_loads_no_torch():
     )
 
 
+def test_a_story_goes_on_from_its_last_words_where_the_context_is_full(run, said, monkeypatch):
+    llama = api.load(run)
+    parts = [llama.tokenizer.encode(f" and {each} king.") for each in ("the old" * 9, "a young", "no")]
+    asked = telling(monkeypatch, *parts)
+    told = said("story", "--out", run)
+    assert all(llama.tokenizer.decode(part) in told for part in parts)
+    last = [llama.tokenizer.decode(ids).removeprefix("<s>")[-20:] for ids in asked]
+    assert last[1] == llama.tokenizer.decode(parts[0])[-20:] and last[2].endswith("a young king.")
+    assert max(map(len, asked)) <= llama.config.max_seq_len // 2 + 2, (
+        "half of the context is left to go on in"
+    )
+
+
 def test_a_sentence_at_the_very_end_of_a_story_is_told(run, monkeypatch, said):
-    monkeypatch.setattr(api.LoadedLlama, "generate", lambda self, *given, **options: " a king. He slept.")
+    telling(monkeypatch, api.load(run).tokenizer.encode(" a king. He slept."))
     assert f"{cli.STORY_BEGINNING} a king. He slept.\n" in said("story", "--out", run)

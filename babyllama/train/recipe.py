@@ -30,6 +30,7 @@ SHAPES = (
     (1024, 16, 16),
 )
 CONTEXTS = (256, 128, 64, 32, 16)  # the longest of which the text fills sixteen rows
+LONG_ROWS = 192  # width of a model, below which rows of 128 tokens teach it more in the same time
 PARAMETERS_PER_BYTE = 16  # of training text, at most; more only learns it by heart
 TOKENS_PER_PARAMETER = 0.28  # that a run sees at least: a larger model is no better by then
 STEPS = 1200  # that a run takes, as long as they do not become too small or too large
@@ -179,28 +180,22 @@ def plan(
     precision = settings.pop("precision", speed.best)
     threads = int(settings.get("threads", machine.physical_cores()))
     peak = _peak(device, precision, threads, speed)
-    if "context" in settings:
-        context = settings.pop("context")
-    else:
-        context = next(one for one in CONTEXTS if train_tokens >= 16 * one or one == CONTEXTS[-1])
-
-    if train_tokens < context + 1:
-        found = f"has {train_tokens} tokens to learn from, a row needs {context + 1}"
-        fix = f"give more text, or shorter rows:  --set context={max(1, train_tokens // 4)}"
-        raise InputError("E303", "the text", found, fix)
-
-    def config(shape: tuple[int, int, int]) -> Config:
-        dim, n_layers, n_heads = shape
-        return Config(vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, max_seq_len=context)
-
     common = {"seed": seed, "device": device, "precision": precision, "threads": threads}
     text = Text(text_bytes, train_tokens)
     wished = None if size is None else parse_size(size)
-    shapes = (wished,) if isinstance(wished, tuple) else SHAPES
-    plans = [
-        _for_model(config(shape), text, until, peak, used, {"context": context, **common, **settings})
-        for shape in shapes
-    ]
+
+    def plan_for(dim: int, n_layers: int, n_heads: int) -> Plan:
+        context = settings.get("context", _context(dim, train_tokens))
+        if train_tokens < context + 1:
+            found = f"has {train_tokens} tokens to learn from, a row needs {context + 1}"
+            fix = f"give more text, or shorter rows:  --set context={max(1, train_tokens // 4)}"
+            raise InputError("E303", "the text", found, fix)
+        model = Config(
+            vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, max_seq_len=context
+        )
+        return _for_model(model, text, until, peak, used, {"context": context, **common, **settings})
+
+    plans = [plan_for(*shape) for shape in ((wished,) if isinstance(wished, tuple) else SHAPES)]
     if isinstance(wished, tuple):
         chosen = plans[0]
     elif wished is not None:
@@ -216,6 +211,13 @@ def plan(
         chosen = fitting[-1] if fitting else plans[0]
     _check_memory(chosen)
     return chosen
+
+
+def _context(dim: int, train_tokens: int) -> int:
+    """Tokens of a row."""
+    longest = CONTEXTS[0] if dim >= LONG_ROWS else CONTEXTS[1]
+    fitting = (one for one in CONTEXTS if one <= longest and train_tokens >= 16 * one)
+    return next(fitting, CONTEXTS[-1])
 
 
 @dataclass(frozen=True)
@@ -248,9 +250,9 @@ def _for_model(
     What the numbers rest on stands in docs/log.md, 2026-11-30, if no other day is named. "Each default taken back by
     itself" (two tables): Muon and the norm after the embedding win, dropout loses, linear beats cosine; cautious decay
     and weight decay win in one of them or on one text; warm-up, average and clip make no difference. "Dropout hurts
-    long before it helps". 2026-11-24, "weight decay was twice too strong": its largest. 2026-11-24, "what a small text
-    wants": Muon's rate, one seed each. The other rates, the size of a step and the growth of weight decay with the
-    passes were chosen in runs that are not in the log.
+    long before it helps". "Shorter rows for narrow models". 2026-11-24, "weight decay was twice too strong": its
+    largest. 2026-11-24, "what a small text wants": Muon's rate, one seed each. The other rates, the size of a step and
+    the growth of weight decay with the passes were chosen in runs that are not in the log.
     """
     context, width = settings["context"], model.dim
     steps, seconds = until.steps, until.seconds
