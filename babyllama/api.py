@@ -39,7 +39,7 @@ from babyllama.data.corpus import Corpus, prepare, whole_text
 from babyllama.data.documents import Reading
 from babyllama.data.questions import SETS, questions
 from babyllama.errors import InputError, MachineError, NumericalError, UsageError
-from babyllama.generate.engine import Generation, Token, generate
+from babyllama.generate.engine import Generation, Token, complete, generate
 from babyllama.generate.sample import Sampling
 from babyllama.measure.choices import Marks, ask
 from babyllama.model import Config, Llama
@@ -62,6 +62,7 @@ from babyllama.train.recipe import (
 DATA = "data"  # the folder of a run in which its prepared text stands
 LIBRARIES = 190 * 2**20  # bytes of numba, its kernels and torch.optim, which the first step loads; measured
 SAMPLE_TOKENS = 48  # that a model goes on with at each evaluation, from some words of the held-out text
+STORY_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -417,7 +418,7 @@ class LoadedLlama:
         repetition_penalty: float = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
-    ) -> Iterator[str]:
+    ) -> Answer:
         """The same piece by piece: whole characters only, and nothing of a stop string.
 
         Ends after max_tokens, at an end token, at a string of `stop`, or at the end of the context.
@@ -522,6 +523,27 @@ class LoadedLlama:
         return score(self.model, ids, lengths(), self.config.max_seq_len, after_bos=after_bos).bits_per_byte
 
 
+def write_story(llama: LoadedLlama, beginning: str, seed: int = 0) -> str:
+    """`beginning` and what follows it, STORY_TOKENS in all if the story does not end before. Where the context is full,
+    its latter half is what the model goes on from."""
+    tokenizer, context = llama.tokenizer, llama.config.max_seq_len
+    ids = llama.encode(beginning)
+    given = len(ids)
+    while len(ids) < STORY_TOKENS:
+        (more,) = complete(
+            llama.model,
+            [ids if len(ids) < context else ids[-max(1, context // 2) :]],
+            max_tokens=STORY_TOKENS - len(ids),
+            sampling=Sampling(temperature=0.6, top_p=0.9, seed=seed),
+            stop_ids=tokenizer.eos_ids,
+            vocab_size=tokenizer.vocab_size,
+        )
+        ids = ids + more.ids
+        if more.reason == "stop" or not more.ids:
+            break
+    return beginning + tokenizer.decode(ids[given:])
+
+
 # ---- measuring -----------------------------------------------------------------------------------
 
 
@@ -555,7 +577,7 @@ def evaluate(
 
     model     what `load` opens, with `step` and `tokenizer`; or what it returned.
     on        texts (a file, a folder, a named text, or prepared data, of which what is held out) and names of
-              data.questions.SETS. None: the text that a run holds out, all of it, as the run itself does at its end.
+              data.questions.SETS. None: all of the text that a run holds out.
     limit     only the first so many documents or questions of each.
     device    "cpu", "cuda" or "mps", on which the model lies while it is measured. None: the best there is; for what
               `load` returned, where it lies.

@@ -94,7 +94,7 @@ Raw = Annotated[bool, typer.Option("--raw", help="Print control characters as th
 # ---- story ---------------------------------------------------------------------------------------
 
 STORY_RUN = Path("runs/fairy-tales")
-STORY_TEXT, STORY_BEGINNING, STORY_TOKENS = "fairy-tales", "There was once", 256
+STORY_TEXT, STORY_BEGINNING = "fairy-tales", "There was once"
 SENTENCE_END = re.compile(r"""[.!?]["')]*(?=\s|\Z)""")
 
 
@@ -131,19 +131,11 @@ def story(
 
 
 def _tell(llama: Any, beginning: str, seed: int) -> None:
-    """Tell a story up to its last whole sentence. Where the context is full, it goes on from its latter half."""
+    """Tell a story up to its last whole sentence."""
+    from babyllama.api import write_story
     from babyllama.terminal import say
 
-    story, remembered, told, ended = beginning, beginning, 0, False
-    while told < STORY_TOKENS and not ended:
-        answer = llama.stream(
-            remembered, max_tokens=STORY_TOKENS - told, temperature=0.6, top_p=0.9, seed=seed + told
-        )
-        more = "".join(answer)
-        told, ended = told + answer.tokens, answer.ended or not answer.tokens
-        story += more
-        ids = llama.tokenizer.encode(remembered + more)
-        remembered = llama.tokenizer.decode(ids[-(llama.config.max_seq_len // 2) :])
+    story = write_story(llama, beginning, seed)
     ends = [found.end() for found in SENTENCE_END.finditer(story)]
     say(story[: ends[-1]] if ends else story)
 
@@ -378,7 +370,7 @@ def generate(
     [bold]babyllama generate runs/notes "Dear diary"[/bold]
     """
     from babyllama import api
-    from babyllama.terminal import say, say_raw
+    from babyllama.terminal import errors, say, say_raw
 
     options = _given(
         temperature=temperature,
@@ -401,6 +393,9 @@ def generate(
     for piece in pieces:
         write(piece, end="")
     write("", end="\n")
+    context = llama.config.max_seq_len
+    if not pieces.ended and pieces.prompt_tokens + pieces.tokens >= context:
+        errors.print(f"The context of {context:,} tokens is full.", style="dim")
 
 
 def _strategies(llama: Any, prompt: str, max_tokens: int, seed: int) -> None:
@@ -580,10 +575,8 @@ def eval(
         int | None, typer.Option(help="Only the first so many questions of a set, or documents of a text.")
     ] = None,
     device: Device = None,
-    step: Annotated[int | None, typer.Option(help="Of a run: this saved step instead of the best.")] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="The tokenizer, for a format that does not carry it.")
-    ] = None,
+    step: Step = None,
+    tokenizer: TokenizerFile = None,
     encoding: Encoding = None,
     on_bad_text: BadText = None,
     field: Field = None,

@@ -77,7 +77,7 @@ class Cell:
 MUON, ADAMW = {"optimizer": "muon"}, {"optimizer": "adamw"}
 AS_IT_IS = Cell("as it is")
 
-# In the order in which they decide. Every baseline is what the recipe does by itself.
+# In the order in which they decide. Most baselines are what the recipe does by itself.
 GROUPS: dict[str, list[Cell]] = {
     "defaults": [  # one at a time is taken back
         AS_IT_IS,
@@ -264,7 +264,7 @@ def at_equal_tokens(
         {seed: y - found * seen[name][seed] for seed, y in bits[name].items()} for name in (cell, baseline)
     ]
     mean, half, _ = paired(*rest)
-    return mean, half and math.hypot(half, uncertain * more)
+    return mean, None if half is None else math.hypot(half, uncertain * more)
 
 
 # ---- results on disk -------------------------------------------------------------------------------
@@ -445,7 +445,19 @@ def cell_plan(request: Line, vocab_size: int, text_bytes: int, train_tokens: int
     first = recipe.plan_from_json(head["plan"])
     outside = {name: settings.pop(name) for name in OUTSIDE if name in settings}
     resized = any(outside.get(name) != base.get(name) for name in ("size", "shape", "vocab_size"))
+    options: dict[str, Any] = {
+        "text_bytes": text_bytes,
+        "train_tokens": train_tokens,
+        "minutes": request["seconds"] / 60,
+        "seed": request["seed"],
+        "device": "cpu",
+        "speed": machine.Precision(**head["speed"]),
+    }
+    shape = outside.get("shape", (first.model.dim, first.model.n_layers, first.model.n_heads))
     context = int(settings.get("context", first.context))
+    if resized and "context" not in settings:
+        size = outside.get("size", "x".join(map(str, shape)))
+        context = recipe.plan(vocab_size=vocab_size, size=size, settings={"threads": 1}, **options).context
     tokens = outside.get("tokens_per_step", first.batch_size * first.context)
     own = {"threads": 1, "precision": first.precision, "context": context, "evaluations": 0}
     own |= {"save_seconds": 1e9, "batch_size": max(1, round(tokens / context))}
@@ -453,22 +465,12 @@ def cell_plan(request: Line, vocab_size: int, text_bytes: int, train_tokens: int
         own |= {"dropout": first.dropout, "weight_decay": first.weight_decay}
     if outside.get("size") != base.get("size") and "tokens_per_step" not in outside:
         del own["batch_size"]  # the recipe's for that size
-    options = {
-        "text_bytes": text_bytes,
-        "train_tokens": train_tokens,
-        "minutes": request["seconds"] / 60,
-        "seed": request["seed"],
-        "device": "cpu",
-        "settings": own | settings,
-        "speed": machine.Precision(**head["speed"]),
-    }
+    options["settings"] = own | settings
     if "size" in outside:
         return recipe.plan(vocab_size=vocab_size, size=str(outside["size"]), **options)
-    dim, n_layers, n_heads = outside.get(
-        "shape", (first.model.dim, first.model.n_layers, first.model.n_heads)
-    )
     from babyllama.model import Config
 
+    dim, n_layers, n_heads = shape
     config = Config(
         vocab_size=vocab_size,
         dim=dim,
@@ -731,14 +733,15 @@ def main(arguments: list[str] | None = None) -> None:
         for name, cells in GROUPS.items():
             print(f"{name}: " + "; ".join(cell.name for cell in cells))
         return
-    cells = GROUPS.get(given.group or "", [])
-    if given.cell:
-        cells = list(cells) or [AS_IT_IS]
-        for cell in map(parse_cell, given.cell):
-            if cell.settings not in [known.settings for known in cells]:  # results are found by these
-                cells.append(cell)
-    if not cells:
+    cells = list(GROUPS.get(given.group or "", [AS_IT_IS] if given.cell else []))
+    if not cells or not given.group:
         raise SystemExit(f"no group {given.group!r}; there are: {', '.join(map(shlex.quote, GROUPS))}")
+    for cell in map(parse_cell, given.cell):
+        like = next((known for known in cells if known.settings == cell.settings), None)
+        if like is None:
+            cells.append(cell)
+        else:  # results are found by the settings alone
+            print(f"{cell.name} is the same as {like.name}")
     given.base = dict(map(parse_setting, given.set))
     path = Path(given.out) / f"{given.group.replace(' ', '-')}.jsonl"
     for text in given.text:

@@ -37,7 +37,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        # What `make story` trains.
+        # What `make story` trained when these comparisons began.
         Shape(name="quickstart", dim=160, n_layers=4, n_heads=5, vocab_size=2048, context=256, batch_size=9),
         # llama2.c, train.py: dim, n_layers, n_heads, max_seq_len; batch_size of the command in its first lines;
         # vocabulary 4096 of README.md, "custom tokenizers".

@@ -7,6 +7,7 @@ import re
 import sys
 
 import babyllama
+from babyllama.api import write_story
 from babyllama.data.library import named
 
 BEGINNING, SEEDS = "There was once", range(1, 21)
@@ -15,7 +16,7 @@ known = {word for tale in named("fairy-tales") for word in re.findall("[a-z]+", 
 llama = babyllama.load(sys.argv[1])
 told: list[str] = []
 for seed in SEEDS:
-    story = BEGINNING + llama.generate(BEGINNING, max_tokens=256, temperature=0.6, top_p=0.9, seed=seed)
+    story = write_story(llama, BEGINNING, seed)
     told += re.findall("[a-z]+", story.lower())[:-1]  # the last word may be cut
 real = sum(word in known for word in told)
 print(f"{len(SEEDS)} stories, {len(told):,} words, {100 * real / len(told):.1f} % of them in the tales")

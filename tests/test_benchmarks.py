@@ -573,7 +573,11 @@ def test_a_slope_that_is_hardly_known_makes_nothing_of_a_faster_cell():
 def test_a_cell_with_the_settings_of_another_is_not_run_again(capsys, tmp_path):
     twice = ["--cell", "one: clip=1", "--cell", "the same: clip=1", "--cell", "base:"]
     ablate.main(["mine", *twice, "--table", "--out", str(tmp_path)])
-    assert list(rows(capsys.readouterr().out))[1:] == ["as it is", "one"]
+    said = capsys.readouterr().out
+    assert list(rows(said))[1:] == ["as it is", "one"]
+    assert "the same is the same as one" in said and "base is the same as as it is" in said
+    with pytest.raises(SystemExit, match="no group"):
+        ablate.main(["--cell", "one: clip=1", "--table"])
 
 
 def test_what_is_in_a_text_counts_not_its_name(tmp_path):
@@ -647,6 +651,21 @@ def test_a_shape_for_every_cell_is_planned_for_as_such(monkeypatch):
     assert found.model.dim == head["model"]["dim"] == 128 != usual.model.dim
     assert (found.batch_size, found.dropout) == (head["batch_size"], head["dropout"])
     assert found.batch_size < usual.batch_size
+
+
+@pytest.mark.parametrize(
+    ("base", "cell", "context"),
+    [
+        ({"size": "600k"}, {}, 128),
+        ({"size": "600k"}, {"size": "3M"}, 256),
+        ({"size": "600k"}, {"size": "3M", "context": 64}, 64),
+        ({"shape": [128, 4, 4]}, {"shape": [192, 5, 6]}, 256),
+        ({"shape": [192, 5, 6]}, {"shape": [128, 4, 4]}, 128),
+    ],
+)
+def test_a_cell_of_another_size_has_the_rows_of_its_own(monkeypatch, base, cell, context):
+    found = planned(first(3000, monkeypatch, **base), Cell("another", cell))
+    assert (found.context, found.model.max_seq_len) == (context, context)
 
 
 def test_cells_from_the_command_line():

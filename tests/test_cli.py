@@ -24,7 +24,7 @@ from babyllama.data.corpus import Corpus
 from babyllama.data.documents import Document, Reading, read_file
 from babyllama.data.questions import Question
 from babyllama.errors import BabyLlamaError
-from babyllama.generate.engine import Token
+from babyllama.generate.engine import Completion
 from babyllama.generate.sample import STRATEGIES
 from babyllama.terminal import TrainingScreen, command, printable
 from babyllama.text.tokenizer import Tokenizer
@@ -396,15 +396,15 @@ def test_a_story_that_was_interrupted_goes_on_learning_and_is_then_told(
 
 
 def telling(monkeypatch, *parts):
-    """Models say a part of these ids when they are asked, then nothing. Returns the list of what they are asked."""
+    """Models say a part of these ids each time, and end with the last. Returns the list of what they are asked."""
     asked, left = [], list(parts)
 
-    def generate(model, prompts, **options):
-        asked.append(prompts[0])
-        ids = left.pop(0) if left else []
-        return iter(Token(0, id, place) for place, id in enumerate(ids))
+    def complete(model, prompts, *, max_tokens, **options):
+        asked.append((prompts[0], max_tokens))
+        ids = left.pop(0)[:max_tokens]
+        return [Completion(ids, "length" if left else "stop")]
 
-    monkeypatch.setattr(api, "generate", generate)
+    monkeypatch.setattr(api, "complete", complete)
     return asked
 
 
@@ -532,15 +532,31 @@ def test_the_command_line_itself_loads_no_torch():
 
 def test_a_story_goes_on_from_its_last_words_where_the_context_is_full(run, said, monkeypatch):
     llama = api.load(run)
-    parts = [llama.tokenizer.encode(f" and {each} king.") for each in ("the old" * 9, "a young", "no")]
+    parts = [llama.tokenizer.encode(f" and {each} king.") for each in ("the old " * 9, "a young", "no")]
     asked = telling(monkeypatch, *parts)
     told = said("story", "--out", run)
     assert all(llama.tokenizer.decode(part) in told for part in parts)
-    last = [llama.tokenizer.decode(ids).removeprefix("<s>")[-20:] for ids in asked]
-    assert last[1] == llama.tokenizer.decode(parts[0])[-20:] and last[2].endswith("a young king.")
-    assert max(map(len, asked)) <= llama.config.max_seq_len // 2 + 2, (
-        "half of the context is left to go on in"
-    )
+    context, whole = llama.config.max_seq_len, llama.encode(cli.STORY_BEGINNING)
+    for (prompt, most), part in zip(asked, parts, strict=True):
+        assert prompt == (whole if len(whole) < context else whole[-context // 2 :])
+        assert most == 256 - len(whole)
+        whole = whole + part
+    assert len(asked[1][0]) < len(asked[0][0]) + len(parts[0]), "the context was full"
+
+
+def test_a_story_has_as_many_tokens_whatever_the_context(run, monkeypatch):
+    llama = api.load(run)
+    monkeypatch.setattr(llama.tokenizer, "eos_ids", frozenset())
+    told = llama.tokenizer.encode(api.write_story(llama, cli.STORY_BEGINNING))
+    assert len(told) > 5 * llama.config.max_seq_len
+
+
+@pytest.mark.parametrize(("most", "full"), [(1000, True), (3, False)])
+def test_generate_says_when_the_context_is_full(run, capsys, most, full):
+    with pytest.raises(SystemExit):
+        main(["generate", str(run), "Once", "--max-tokens", str(most)])
+    out, err = capsys.readouterr()
+    assert ("The context of 32 tokens is full." in err) == full and "full" not in out
 
 
 def test_a_sentence_at_the_very_end_of_a_story_is_told(run, monkeypatch, said):

@@ -161,9 +161,10 @@ def train(
                 fix = f"the run is complete and saved; measure it elsewhere:  babyllama eval {run.path}"
             elif plan.batch_size > 1:
                 split = f"--set batch_size={plan.batch_size // 2} --set accumulation={plan.accumulation * 2}"
-                fix = f"start again with fewer rows at once:  {split}"
+                fix = f"start a new run, in another --out, with fewer rows at once:  {split}"
             else:
-                fix = f"start again with shorter rows:  --set context={max(1, plan.context // 2)}"
+                shorter = f"--set context={max(1, plan.context // 2)}"
+                fix = f"start a new run, in another --out, with shorter rows:  {shorter}"
             raise MachineError("E404", where, found or "more memory than there is", fix) from error
         raise
     finally:

@@ -29,7 +29,13 @@ SHAPES = (
     (768, 12, 12),
     (1024, 16, 16),
 )
-CONTEXTS = (256, 128, 64, 32, 16)  # the longest of which the text fills sixteen rows
+CONTEXTS = (
+    256,
+    128,
+    64,
+    32,
+    16,
+)  # the longest that the width allows and of which the text fills sixteen rows
 LONG_ROWS = 192  # width of a model, below which rows of 128 tokens teach it more in the same time
 PARAMETERS_PER_BYTE = 16  # of training text, at most; more only learns it by heart
 TOKENS_PER_PARAMETER = 0.28  # that a run sees at least: a larger model is no better by then
@@ -275,7 +281,7 @@ def _for_model(
         steps = math.ceil(until.tokens / step)
     # Half of the law fitted for the OLMo models, 0.0047 · (N / 108M)^(-1/3), and at most 0.004: for all below 22M
     rate = min(0.0047 * (costs.parameters(model).total / 108e6) ** (-1 / 3) / 2, 0.004)
-    if settings.get("optimizer", "muon" if enough else "adamw") == "muon":
+    if settings.get("optimizer", "muon" if enough or settings.get("normuon") else "adamw") == "muon":
         chosen |= {
             "optimizer": "muon",
             "learning_rate": 0.02,
@@ -484,7 +490,9 @@ def _typed(settings: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("E102", "--set threads", found, "choose fewer")
     smallest = Config(vocab_size=1, dim=2, n_layers=1, n_heads=1)
     least: dict[str, Any] = {"context": 1, "batch_size": 1, **kept}
-    if kept.get("optimizer") == "muon":  # the rates that are not given will be the recipe's
+    if kept.get("normuon"):
+        least = {"optimizer": "muon", **least}
+    if least.get("optimizer") == "muon":  # the rates that are not given will be the recipe's
         least = {"embedding_rate": 1.0, "head_rate": 1.0, "gain_rate": 1.0, **least}
     Plan(model=smallest, steps=1, **least)  # refuses what is out of range
     return kept

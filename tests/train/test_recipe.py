@@ -294,7 +294,6 @@ OTHER = {
 }  # fmt: skip
 RATES = {name: OTHER[name] for name in ("embedding_rate", "head_rate", "gain_rate")}
 MUON = {"optimizer": "muon", "embedding_norm": True, **RATES}
-NEEDS = {"normuon": {"optimizer": "muon"}}  # settings that go only with others
 
 
 def test_every_setting_of_a_plan_is_tried_here():
@@ -304,14 +303,13 @@ def test_every_setting_of_a_plan_is_tried_here():
 @pytest.mark.parametrize("name", OTHER)
 @pytest.mark.parametrize("written", [str, lambda value: value], ids=["as text", "as it is"])
 def test_a_setting_reaches_the_plan_as_what_it_is(name, written):
-    needs = NEEDS.get(name, {})
-    chosen = planned(steps=9, settings={name: written(OTHER[name]), **needs})
+    chosen = planned(steps=9, settings={name: written(OTHER[name])})
     assert getattr(chosen, name) == OTHER[name] and type(getattr(chosen, name)) is type(OTHER[name])
     rest = planned(steps=9)
     if name == "context":
         assert chosen.model == replace(rest.model, max_seq_len=48)
     else:
-        assert chosen == replace(rest, **{name: OTHER[name]}, **needs), "and changes nothing else"
+        assert chosen == replace(rest, **{name: OTHER[name]}), "and changes nothing else"
 
 
 @pytest.mark.parametrize(
@@ -347,7 +345,6 @@ def test_a_setting_reaches_the_plan_as_what_it_is(name, written):
         ({"cautious": "perhaps"}, "E101"),
         ({"cautious": 1}, "E101"),
         ({"normuon": None}, "E101"),
-        ({"normuon": "true"}, "E103"),
         ({"embedding_rate": -1}, "E102"),
         ({"head_rate": "inf"}, "E102"),
         ({"gain_rate": "nan"}, "E102"),
@@ -364,6 +361,10 @@ def test_a_setting_reaches_the_plan_as_what_it_is(name, written):
 def test_settings_that_are_unknown_or_ill_typed_have_a_code_and_their_name(settings, code):
     (name,) = settings
     assert name in refused(code, steps=9, settings=settings).where
+
+
+def test_a_part_of_muon_is_refused_beside_adamw():
+    assert refused("E103", steps=9, settings={"normuon": "true", "optimizer": "adamw"}).where == "normuon"
 
 
 @pytest.mark.parametrize(
