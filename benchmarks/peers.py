@@ -51,7 +51,7 @@ class Recipe:
     )
     tied: bool = False
     gpt2_init: bool = False
-    context: int = 256
+    context: int = 256  # of a shape that babyllama plans: what it takes for that
     rows: int = 8
     accumulation: int = 1
     windows: Literal["random", "epochs"] = "epochs"
@@ -488,8 +488,11 @@ def encoder(recipe: Recipe, train: str, hold_out: str) -> Encoded:
     )
 
 
-def config_of(recipe: Recipe, vocab_size: int, planned: tuple[int, int, int]) -> Config:
-    dim, n_layers, n_heads = recipe.shape or planned
+def config_of(recipe: Recipe, vocab_size: int) -> Config:
+    """Raises ValueError for a recipe that leaves its shape to babyllama."""
+    if recipe.shape is None:
+        raise ValueError(f"{recipe.name} has no shape of its own")
+    dim, n_layers, n_heads = recipe.shape
     return Config(
         vocab_size=vocab_size,
         dim=dim,

@@ -49,7 +49,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +240,9 @@ def _run_peer(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
     with clock.stopped():  # the alphabet of the characters looks at it, nothing else does before scoring
         hold_out = Path(request["hold_out"]).read_text(encoding="utf-8")
     text = peers.encoder(recipe, train, hold_out)
-    with clock.stopped():  # the shape is lent by babyllama's plan, and not thought about in this one's time
-        shape = recipe.shape or _planned_shape(request, recipe, text.vocab_size, len(train.encode()))
-    config = peers.config_of(recipe, text.vocab_size, shape)
+    with clock.stopped():  # a shape that is lent by babyllama's plan is not thought about in this one's time
+        recipe = recipe if recipe.shape else _shaped(request, recipe, text.vocab_size, len(train.encode()))
+    config = peers.config_of(recipe, text.vocab_size)
     import numpy as np
 
     ids = np.array(text.encode(train), dtype=np.uint16)
@@ -279,9 +279,8 @@ def _run_peer(request: dict[str, Any], recipe: peers.Recipe, clock: Clock) -> di
     }
 
 
-def _planned_shape(
-    request: dict[str, Any], peer: peers.Recipe, vocab_size: int, text_bytes: int
-) -> tuple[int, int, int]:
+def _shaped(request: dict[str, Any], peer: peers.Recipe, vocab_size: int, text_bytes: int) -> peers.Recipe:
+    """The peer with the shape that babyllama plans, or one below it, and with rows as long as babyllama's for that."""
     from babyllama import machine
     from babyllama.train import recipe
 
@@ -295,7 +294,8 @@ def _planned_shape(
         speed=machine.Precision(**request["speed"]),
     ).model
     at = recipe.SHAPES.index((model.dim, model.n_layers, model.n_heads))
-    return recipe.SHAPES[max(0, at - peer.smaller)]
+    shape = recipe.SHAPES[max(0, at - peer.smaller)]
+    return replace(peer, shape=shape, context=recipe.context_for(shape[0], text_bytes // 2))
 
 
 def _point(warm: float, cold: float, bits: float, steps: int, bytes_: int) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def test_random_windows_predict_the_next_id():
 
 def test_the_first_weights_of_a_recipe_are_those_it_names():
     model = peers.build(
-        peers.LLAMA2C, peers.config_of(peers.replace(peers.LLAMA2C, shape=None), 500, (128, 8, 4)), 1
+        peers.LLAMA2C, peers.config_of(peers.replace(peers.LLAMA2C, shape=(128, 8, 4)), 500), 1
     )
     layer = model.layers[0]
     assert layer.attention.wq.weight.std().item() == pytest.approx(0.02, rel=0.05)
@@ -324,15 +324,16 @@ def test_rates_may_be_given_and_a_run_that_fails_is_left_out(text, tmp_path, mon
 def test_a_slower_peer_may_have_a_smaller_model(monkeypatch):
     monkeypatch.setattr(machine, "physical_cores", lambda: 2)
     request = {
-        "planned_minutes": 3,
+        "planned_minutes": 4,
         "threads": 1,
         "speed": {"best": "float32", "float32": 4e11, "bfloat16": 0.0},
     }
-    shapes = [
-        training._planned_shape(request, peers.QUALITY[name], 2048, 1_900_000)
+    found = [
+        training._shaped(request, peers.QUALITY[name], 2048, 1_900_000)
         for name in ("transformers bf16", "transformers bf16, smaller")
     ]
-    assert recipe.SHAPES.index(shapes[0]) - recipe.SHAPES.index(shapes[1]) == 1
+    assert recipe.SHAPES.index(found[0].shape) - recipe.SHAPES.index(found[1].shape) == 1
+    assert [each.context for each in found] == [256, 128], "and rows that suit its width"
 
 
 def test_an_ablation_runs_and_names_what_it_does_not_know(text, tmp_path):

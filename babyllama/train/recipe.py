@@ -191,7 +191,7 @@ def plan(
     wished = None if size is None else parse_size(size)
 
     def plan_for(dim: int, n_layers: int, n_heads: int) -> Plan:
-        context = settings.get("context", _context(dim, train_tokens))
+        context = settings.get("context", context_for(dim, train_tokens))
         if train_tokens < context + 1:
             found = f"has {train_tokens} tokens to learn from, a row needs {context + 1}"
             fix = f"give more text, or shorter rows:  --set context={max(1, train_tokens // 4)}"
@@ -219,7 +219,7 @@ def plan(
     return chosen
 
 
-def _context(dim: int, train_tokens: int) -> int:
+def context_for(dim: int, train_tokens: int) -> int:
     """Tokens of a row."""
     longest = CONTEXTS[0] if dim >= LONG_ROWS else CONTEXTS[1]
     fitting = (one for one in CONTEXTS if one <= longest and train_tokens >= 16 * one)
