@@ -127,6 +127,15 @@ def test_docs_training_explains_every_setting_and_every_event():
     assert names == set(events) and len(names) == 6
 
 
+def test_messages_that_docs_training_explains_are_what_the_program_says():
+    table = TRAINING.split("## When something is wrong")[1]
+    messages = re.findall(r"^\| (?:E\d+ )?`([^`]+)`", table, re.MULTILINE)
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "babyllama").rglob("*.py"))
+    assert len(messages) == 4
+    for message in messages:
+        assert message.removeprefix("step N ") in source, message
+
+
 def test_make_targets_in_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"^make (\w+)|`make (\w+)`", README, re.MULTILINE)):
