@@ -537,6 +537,9 @@ def write_story(llama: LoadedLlama, beginning: str, seed: int = 0) -> str:
             sampling=Sampling(temperature=0.6, top_p=0.9, seed=seed),
             stop_ids=tokenizer.eos_ids,
             vocab_size=tokenizer.vocab_size,
+            streams=[
+                len(ids) - given
+            ],  # random numbers of its own: they are counted from the start of a prompt
         )
         ids = ids + more.ids
         if more.reason == "stop" or not more.ids:

@@ -322,7 +322,8 @@ def table(lines: list[Line], cells: list[Cell], where: Line, refused: dict[str, 
     """
     found: dict[str, list[Line]] = {}
     for cell in cells:
-        found[cell.name] = [line for line in lines if same(line, where, cell) and "bits_per_byte" in line]
+        own = [line for line in lines if same(line, where, cell) and "bits_per_byte" in line]
+        found[cell.name] = list({line["seed"]: line for line in own}.values())  # the last of each seed
     bits = {name: {line["seed"]: line["bits_per_byte"] for line in each} for name, each in found.items()}
     seen = {
         name: {line["seed"]: math.log(line["tokens_per_second"] * line["training_seconds"]) for line in each}
@@ -733,11 +734,11 @@ def main(arguments: list[str] | None = None) -> None:
         for name, cells in GROUPS.items():
             print(f"{name}: " + "; ".join(cell.name for cell in cells))
         return
-    cells = list(GROUPS.get(given.group or "", [AS_IT_IS] if given.cell else []))
-    if not cells or not given.group:
+    if not given.group or not (given.cell or given.group in GROUPS):
         raise SystemExit(f"no group {given.group!r}; there are: {', '.join(map(shlex.quote, GROUPS))}")
+    cells = list(GROUPS.get(given.group, [AS_IT_IS]))
     for cell in map(parse_cell, given.cell):
-        like = next((known for known in cells if known.settings == cell.settings), None)
+        like = next((one for one in cells if as_json(one.settings) == as_json(cell.settings)), None)
         if like is None:
             cells.append(cell)
         else:  # results are found by the settings alone

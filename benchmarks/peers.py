@@ -51,7 +51,7 @@ class Recipe:
     )
     tied: bool = False
     gpt2_init: bool = False
-    context: int = 256  # of a shape that babyllama plans: what it takes for that
+    context: int = 256  # replaced where babyllama lends the shape
     rows: int = 8
     accumulation: int = 1
     windows: Literal["random", "epochs"] = "epochs"

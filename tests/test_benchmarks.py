@@ -572,6 +572,8 @@ def test_a_slope_that_is_hardly_known_makes_nothing_of_a_faster_cell():
 
 
 def test_a_cell_with_the_settings_of_another_is_not_run_again(capsys, tmp_path):
+    ablate.main(["size", "--cell", "list: shape=[64, 2, 2]", "--table", "--out", str(tmp_path)])
+    assert "list is the same as 64 wide, 2 layers" in capsys.readouterr().out, "a tuple there, a list here"
     twice = ["--cell", "one: clip=1", "--cell", "the same: clip=1", "--cell", "base:"]
     ablate.main(["mine", *twice, "--table", "--out", str(tmp_path)])
     said = capsys.readouterr().out

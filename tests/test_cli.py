@@ -399,8 +399,8 @@ def telling(monkeypatch, *parts):
     """Models say a part of these ids each time, and end with the last. Returns the list of what they are asked."""
     asked, left = [], list(parts)
 
-    def complete(model, prompts, *, max_tokens, **options):
-        asked.append((prompts[0], max_tokens))
+    def complete(model, prompts, *, max_tokens, streams, **options):
+        asked.append((prompts[0], max_tokens, streams[0]))
         ids = left.pop(0)[:max_tokens]
         return [Completion(ids, "length" if left else "stop")]
 
@@ -537,7 +537,8 @@ def test_a_story_goes_on_from_its_last_words_where_the_context_is_full(run, said
     told = said("story", "--out", run)
     assert all(llama.tokenizer.decode(part) in told for part in parts)
     context, whole = llama.config.max_seq_len, llama.encode(cli.STORY_BEGINNING)
-    for (prompt, most), part in zip(asked, parts, strict=True):
+    assert len({stream for _, _, stream in asked}) == 3, "each part has random numbers of its own"
+    for (prompt, most, _), part in zip(asked, parts, strict=True):
         assert prompt == (whole if len(whole) < context else whole[-context // 2 :])
         assert most == 256 - len(whole)
         whole = whole + part

@@ -453,6 +453,7 @@ class _Training:
             if not compiles or isinstance(error, torch.OutOfMemoryError):
                 raise
             self._without_compiling(_reason(error), str(error)[:4000])
+            self.differentiate(tokens, targets, targets.numel(), self.step)
 
     def _without_compiling(self, why: str, problem: str = "") -> None:
         self._record(event="not compiled", step=self.step, problem=problem or why)

@@ -29,13 +29,8 @@ SHAPES = (
     (768, 12, 12),
     (1024, 16, 16),
 )
-CONTEXTS = (
-    256,
-    128,
-    64,
-    32,
-    16,
-)  # the longest that the width allows and of which the text fills sixteen rows
+# The longest that the width allows, and of which the text fills sixteen rows
+CONTEXTS = (256, 128, 64, 32, 16)
 LONG_ROWS = 192  # width of a model, below which rows of 128 tokens teach it more in the same time
 PARAMETERS_PER_BYTE = 16  # of training text, at most; more only learns it by heart
 TOKENS_PER_PARAMETER = 0.28  # that a run sees at least: a larger model is no better by then

@@ -363,6 +363,12 @@ def test_settings_that_are_unknown_or_ill_typed_have_a_code_and_their_name(setti
     assert name in refused(code, steps=9, settings=settings).where
 
 
+def test_a_part_of_muon_asks_for_muon():
+    wide = {"steps": 9, "size": "512x8x8"}  # with steps too small for it
+    assert planned(**wide).optimizer == "adamw"
+    assert planned(**wide, settings={"normuon": True}).optimizer == "muon"
+
+
 def test_a_part_of_muon_is_refused_beside_adamw():
     assert refused("E103", steps=9, settings={"normuon": "true", "optimizer": "adamw"}).where == "normuon"
 
