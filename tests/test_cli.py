@@ -158,9 +158,12 @@ def test_generate_prints_the_prompt_and_what_the_model_says(run, said):
 
 def test_every_option_of_generate_reaches_the_model(run, said, monkeypatch):
     seen = {}
-    monkeypatch.setattr(
-        api.LoadedLlama, "stream", lambda self, prompt, **options: seen.update(options) or iter(())
-    )
+
+    def stream(self, prompt, **options):
+        seen.update(options)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(api.LoadedLlama, "stream", stream)
     options = {"max_tokens": 9, "temperature": 0.2, "top_k": 3, "top_p": 0.4, "min_p": 0.1,
                "repetition_penalty": 1.3, "seed": 8}  # fmt: skip
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
