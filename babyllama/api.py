@@ -62,7 +62,7 @@ from babyllama.train.recipe import (
 DATA = "data"  # the folder of a run in which its prepared text stands
 LIBRARIES = 190 * 2**20  # bytes of numba, its kernels and torch.optim, which the first step loads; measured
 SAMPLE_TOKENS = 48  # that a model goes on with at each evaluation, from some words of the held-out text
-STORY_TOKENS = 256
+STORY_TOKENS = 256  # of a story, its beginning included
 
 
 @dataclass(frozen=True)
@@ -525,7 +525,8 @@ class LoadedLlama:
 
 def write_story(llama: LoadedLlama, beginning: str, seed: int = 0) -> str:
     """`beginning` and what follows it, STORY_TOKENS in all if the story does not end before. Where the context is full,
-    its latter half is what the model goes on from."""
+    its latter half is what the model goes on from, with random numbers of its own: these are counted from the start of
+    a prompt."""
     tokenizer, context = llama.tokenizer, llama.config.max_seq_len
     ids = llama.encode(beginning)
     given = len(ids)
@@ -537,9 +538,7 @@ def write_story(llama: LoadedLlama, beginning: str, seed: int = 0) -> str:
             sampling=Sampling(temperature=0.6, top_p=0.9, seed=seed),
             stop_ids=tokenizer.eos_ids,
             vocab_size=tokenizer.vocab_size,
-            streams=[
-                len(ids) - given
-            ],  # random numbers of its own: they are counted from the start of a prompt
+            streams=[len(ids) - given],
         )
         ids = ids + more.ids
         if more.reason == "stop" or not more.ids:
