@@ -168,6 +168,8 @@ GROUPS: dict[str, list[Cell]] = {
         AS_IT_IS,
         Cell("not cautious", {"cautious": False}),
         Cell("falling decay", {"weight_decay_falls": True}),
+        *(Cell(f"{number} polynomials", {**MUON, "muon_polynomials": number}) for number in (4, 5)),
+        Cell("heads together", {**MUON, "muon_by_head": False}),
         Cell("normuon", {**MUON, "normuon": True}),
         *(Cell(f"momentum {much:g}", {"momentum": much}) for much in (0.9, 0.98)),
         *(Cell(f"average {share:g}", {"average": share}) for share in (0.0, 0.01, 0.05)),

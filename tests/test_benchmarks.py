@@ -644,7 +644,8 @@ def test_a_cell_changes_what_it_names_and_what_comes_with_it(monkeypatch):
     assert changed("without embedding norm") == {"embedding_norm", "embedding_rate"}
     assert changed("tied") == {"model", "embedding_norm", "embedding_rate"}
     rates = {"learning_rate", "embedding_rate", "head_rate", "gain_rate"}
-    assert changed("AdamW") == {"optimizer", *rates, "beta1", "cautious", "clip"}
+    own = {"muon_by_head", "muon_polynomials"}
+    assert changed("AdamW") == {"optimizer", *rates, *own, "beta1", "cautious", "clip"}
 
 
 def test_a_shape_for_every_cell_is_planned_for_as_such(monkeypatch):

@@ -325,9 +325,9 @@ class _Training:
             self.last_tokens = affordable if affordable < len(self.corpus.val_ids) else None
             return
         some = min(max(2 * self.plan.context, 4096), len(self.corpus.val_ids))
-        self._score(self.model, some)  # warms up
+        self._score(self._exact, some)  # warms up
         began = time.perf_counter()
-        scored = self._score(self.model, some)
+        scored = self._score(self._exact, some)
         rate = scored.tokens / max(1e-9, time.perf_counter() - began)
         affordable = int(LAST_SHARE * self.plan.seconds * rate)
         affordable = max(2 * self.plan.context, affordable)
@@ -481,7 +481,7 @@ class _Training:
 
     def finish(self) -> Outcome:
         """Score the last weights in float32: on all of the validation text, or a part that takes little of the run."""
-        whole = self._score(self.model, self.last_tokens)
+        whole = self._score(self._exact, self.last_tokens)
         self._tick()
         told = {"event": "finished", "step": self.step, "seconds": self.seconds, **asdict(whole)}
         self._keep_metrics(lambda line: line.get("event") != "finished", told)  # not also of an earlier time
@@ -501,6 +501,10 @@ class _Training:
         for name, weight in before.items():
             weights[name].copy_(weight)
         return last
+
+    def _exact(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V) in float32."""
+        return self.differentiate.logits(tokens) if self.plan.precision == "float32" else self.model(tokens)
 
     def _score(self, logits: Callable[[Tensor], Tensor], max_tokens: int | None) -> Score:
         """Raises InputError E307 when the file of the validation text has become shorter."""

@@ -42,6 +42,8 @@ LARGEST_STEP = 8  # tokens of a step for each of the width: more steps learn mor
 BY_HEART = 10  # passes over the text times parameters for each of its bytes, from which on dropout helps
 COMPILE_SECONDS = 540  # of a run on a CUDA GPU, from which on torch.compile is worth the minute that it takes
 ENOUGH = 0.005  # of the bits per byte: a gain that is not worth twice the time
+EVALUATING = 0.02  # of a run's work, all evaluations together; of how many tokens each is, follows
+EVALUATION_TOKENS = 2048, 16384  # as few and as many as are right for one
 OVERHEAD = 0.05  # of a run's seconds: evaluations, samples, saves
 MEMORY_SHARE = 0.8  # of the free memory that training may plan to use
 
@@ -68,6 +70,8 @@ class Plan:
     beta1: float = 0.9
     beta2: float = 0.98
     momentum: float = 0.95  # of Muon, by Nesterov
+    muon_polynomials: int = 5  # of its orthogonalisation, 3 to 5: fewer are faster, and less exact
+    muon_by_head: bool = False  # it works on each attention head's part of a matrix by itself
     normuon: bool = False  # Muon, with rows made equally long over time
     weight_decay: float = 0.1  # of matrices, times their rate; never of gains or of the vocabulary's
     weight_decay_falls: bool = False  # along the schedule, besides the rate that it is multiplied with
@@ -117,6 +121,7 @@ class Plan:
         self._require("average", self.average <= 1, "must be at most 1")
         for name in ("warmup", "beta1", "beta2", "momentum", "dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
+        self._require("muon_polynomials", 3 <= self.muon_polynomials <= 5, "must be 3, 4 or 5")
         self._require("decay", 0 < self.decay <= 1, "must be above 0 and at most 1")
         self._require("final", 0 <= self.final <= 1, "must be from 0 to 1")
         if self.embedding_norm and self.model.tie_embeddings:
@@ -279,6 +284,8 @@ def _for_model(
     if settings.get("optimizer", "muon" if enough or settings.get("normuon") else "adamw") == "muon":
         chosen |= {
             "optimizer": "muon",
+            "muon_polynomials": 3,
+            "muon_by_head": True,
             "learning_rate": 0.02,
             "embedding_rate": round(0.1 * (128 / width) ** 0.5, 4) if asked["embedding_norm"] else rate,
             "head_rate": 0.007,
@@ -291,12 +298,16 @@ def _for_model(
         chosen |= {"learning_rate": rate, "embedding_rate": 0.02 if asked["embedding_norm"] else rate}
     plan = Plan(model=model, seconds=seconds, steps=steps, **{**chosen, **settings})
     epochs = _epochs(plan, text, peak, used)
+    # A token is scored in windows that overlap by half, forward only: two thirds of the work of one that is learned
+    scored = 1.5 * EVALUATING * epochs * text.tokens / max(1, plan.evaluations)
+    fewest, most = EVALUATION_TOKENS
     again = math.log2(max(1.0, epochs))  # how often the passes were doubled
     by_heart = math.log2(max(1.0, epochs * multiplied(model) / text.bytes / BY_HEART))
     care: dict[str, Any] = {
         "dropout": round(min(0.3, 0.17 * by_heart), 2),
         "weight_decay": round(min(0.5, 0.1 + 0.45 * again), 2),
         "compile": plan.device.startswith("cuda") and _seconds(plan, peak, used) >= COMPILE_SECONDS,
+        "evaluation_tokens": int(min(max(scored, fewest), most)),
     }
     return replace(plan, **{name: value for name, value in care.items() if name not in settings})
 
@@ -314,16 +325,21 @@ def tokens_per_second(plan: Plan, peak: float) -> float:
     tokens = plan.tokens_per_step
     seconds = tokens * costs.training_flops(plan.model, plan.context).total / (share * peak)
     if plan.optimizer == "muon":
-        seconds += _muon_flops(plan.model) / (0.4 * peak)
+        seconds += _muon_flops(plan) / (0.4 * peak)
     return tokens / seconds
 
 
-def _muon_flops(model: Config) -> float:
-    """Of one step: five polynomials, each two products of a matrix with its Gram matrix and one of that with itself."""
-    heads, keys = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    shapes = [(heads, model.dim)] * 2 + [(keys, model.dim)] * 2 + [(model.hidden_dim, model.dim)] * 3
-    each = (5 * (4 * min(a, b) ** 2 * max(a, b) + 2 * min(a, b) ** 3) for a, b in shapes)
-    return float(model.n_layers * sum(each))
+def _muon_flops(plan: Plan) -> float:
+    """Of one step: polynomials, each two products of a matrix with its Gram matrix and one of that with itself."""
+    model = plan.model
+    heads = model.n_heads, model.n_heads, model.n_kv_heads, model.n_kv_heads
+    if plan.muon_by_head:
+        shapes = [(model.head_dim, model.dim)] * sum(heads)
+    else:
+        shapes = [(number * model.head_dim, model.dim) for number in heads]
+    shapes += [(model.hidden_dim, model.dim)] * 3
+    each = (4 * min(a, b) ** 2 * max(a, b) + 2 * min(a, b) ** 3 for a, b in shapes)
+    return float(plan.muon_polynomials * model.n_layers * sum(each))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Which parameters decay, how far they move, and an optimiser that is the same after a stop."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from babyllama.train import loop
 from babyllama.train.loop import Evaluated, Stepped
 from babyllama.train.optim import (
     NORMUON_BETA,
-    POLAR_EXPRESS,
+    POLYNOMIALS,
     Average,
     Muon,
     Optimizer,
@@ -251,35 +253,60 @@ def test_cautious_decay_takes_off_only_where_the_step_goes_to_zero_too(settings)
 SHAPES = [(16, 16), (64, 24), (24, 64), (3, 40), (40, 3), (1, 7)]
 
 
+BANDS = {3: (0.01, 0.70, 1.27), 4: (0.003, 0.77, 1.20), 5: (0.003, 0.86, 1.13)}  # from where, to where
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_singular_values_become_nearly_one_and_directions_stay(shape, dtype):
+@pytest.mark.parametrize("polynomials", BANDS)
+def test_singular_values_become_nearly_one_and_directions_stay(polynomials, shape, dtype):
     """Singular values of a matrix of norm 1, as small as promised, end in the band; U and V are those of the matrix."""
+    least, lowest, highest = BANDS[polynomials]
     rank = min(shape)
     u = torch.linalg.qr(random(shape[0], rank))[0]
     v = torch.linalg.qr(random(shape[1], rank, seed=1))[0]
-    values = torch.logspace(math.log10(0.004), 0, rank) if rank > 1 else torch.ones(1)
+    values = torch.logspace(math.log10(least), 0, rank) if rank > 1 else torch.ones(1)
+    values = (values / values.norm()).clamp(min=least)
     matrix = 1e-5 * (u * values) @ v.mT  # norm about 1e-5: only directions count
-    result = orthogonalize(matrix[None], dtype)[0]
+    result = orthogonalize(matrix[None], polynomials, dtype)[0]
     assert result.dtype == torch.float32
     slack = 0.0 if dtype == torch.float32 else 0.03
     found = torch.linalg.svdvals(result)
     if slack:  # rounding blurs the smallest directions: those above it keep the band
         found = found[: max(1, rank // 2)]
-    assert found.min() >= 0.86 - slack and found.max() <= 1.13 + slack
+    assert found.min() >= lowest - slack and found.max() <= highest + slack
     if dtype == torch.float32:
-        assert torch.linalg.matrix_norm(result - polar_factor(matrix), 2) <= 0.14
+        assert torch.linalg.matrix_norm(result - polar_factor(matrix), 2) <= 1.01 * (1 - lowest)
 
 
-def test_singular_values_go_through_the_five_polynomials():
+@pytest.mark.parametrize("polynomials", POLYNOMIALS)
+def test_singular_values_go_through_the_polynomials(polynomials):
     values = torch.logspace(-4, 0, 30, dtype=torch.float64)
     u, v = (torch.linalg.qr(random(30, 30, seed=seed).double())[0] for seed in (0, 1))
     matrix = (u * values) @ v.mT
     x = values / (1.01 * values.square().sum().sqrt())
-    for a, b, c in POLAR_EXPRESS:
+    assert len(POLYNOMIALS[polynomials]) == polynomials
+    for a, b, c in POLYNOMIALS[polynomials]:
         x = a * x + b * x**3 + c * x**5
     expected = (u * x) @ v.mT
-    assert torch.allclose(orthogonalize(matrix[None].float())[0].double(), expected, rtol=0, atol=2e-4)
+    found = orthogonalize(matrix[None].float(), polynomials)[0].double()
+    assert torch.allclose(found, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(("polynomials", "least"), [(3, 0.01), (4, 0.003)])
+def test_no_other_polynomials_of_that_degree_come_nearer_to_one(polynomials, least):
+    """What marks the best of degree 5: it is as far from 1, now above and now below, at four places of its interval."""
+    low, high = least, 1.0
+    for number, (a, b, c) in enumerate(POLYNOMIALS[polynomials]):
+        a, b, c = a * 1.01, b * 1.01**3, c * 1.01**5
+        x = np.geomspace(low, high, 200_001)
+        off = a * x + b * x**3 + c * x**5 - 1
+        most = np.abs(off).max()
+        signs = [np.sign(each) for each in off if abs(each) > most * (1 - 2e-3)]
+        turns = 1 + sum(one != other for one, other in itertools.pairwise(signs))
+        assert turns == 4 and signs[0] < 0, (number, turns)
+        low, high = 1 - most, 1 + most
+    assert high == pytest.approx(BANDS[polynomials][2], abs=0.005)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -287,20 +314,20 @@ def test_singular_values_go_through_the_five_polynomials():
 def test_a_batch_is_orthogonalised_as_its_matrices_one_by_one(shape, dtype):
     batch = random(5, *shape) * torch.logspace(-6, 6, 5)[:, None, None]
     batch[2] = 0.0
-    alone = torch.cat([orthogonalize(each[None], dtype) for each in batch])
+    alone = torch.cat([orthogonalize(each[None], dtype=dtype) for each in batch])
     rounding = 1e-5 if dtype == torch.float32 else 0.02
-    assert torch.allclose(orthogonalize(batch, dtype), alone, rtol=0, atol=rounding)
+    assert torch.allclose(orthogonalize(batch, dtype=dtype), alone, rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e-22, 1e-15, 1e-9, 1.0, 1e9, 1e18])
 def test_no_gradient_is_too_small_or_too_large_and_zero_stays_zero(size, dtype):
-    result = orthogonalize(size * random(2, 12, 8), dtype)
+    result = orthogonalize(size * random(2, 12, 8), dtype=dtype)
     assert result.isfinite().all() and torch.linalg.svdvals(result).max() < 1.16
     if size == 0 or size >= 1e-22:
         assert bool(result.any()) == (size > 0)
     if size >= 1e-9:
-        usual = orthogonalize(random(2, 12, 8), dtype)
+        usual = orthogonalize(random(2, 12, 8), dtype=dtype)
         assert torch.allclose(result, usual, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.03)
 
 
@@ -363,10 +390,48 @@ def test_muon_multiplies_in_the_precision_of_the_plan(precision):
     weight, gradient = torch.zeros(12, 8), random(12, 8)
     muon_alone(weight, precision=precision)(gradient)
     expected = {
-        name: orthogonalize(gradient[None], getattr(torch, name))[0] for name in ("float32", "bfloat16")
+        name: orthogonalize(gradient[None], dtype=getattr(torch, name))[0] for name in ("float32", "bfloat16")
     }
     assert torch.allclose(weight, -0.1 * 1.5**0.5 * expected[precision], rtol=0, atol=1e-6)
     assert not torch.allclose(expected["float32"], expected["bfloat16"], rtol=0, atol=1e-4), "it can be told"
+
+
+@pytest.mark.parametrize("name", ["wq", "wk", "wv", "wo", "w_gate"])
+@pytest.mark.parametrize("polynomials", BANDS)
+def test_each_head_is_orthogonalised_by_itself(name, polynomials):
+    """Heads of 4 numbers: three rows of blocks in wq, two in wk and wv, three columns of blocks in wo."""
+    shape = {"wk": (8, 20), "wv": (8, 20), "wo": (20, 12), "w_gate": (12, 20)}.get(name, (12, 20))
+    model = Config(vocab_size=8, dim=20, n_layers=1, n_heads=3, n_kv_heads=1, head_dim=4, max_seq_len=8)
+    chosen = plan(**{**MUON, "weight_decay": 0.0, "muon_by_head": True, "muon_polynomials": polynomials})
+    weights = {f"layers.{i}.attention.{name}.weight": torch.zeros(shape) for i in range(3)}
+    muon = Muon(weights, replace(chosen, model=model))
+    for seed, weight in enumerate(weights.values()):
+        weight.grad = random(*shape, seed=seed)
+    muon.step(0.1, 0.0)
+    for weight in weights.values():
+        if name == "wo":
+            parts = [weight.grad[:, at : at + 4] for at in range(0, 12, 4)]
+            expected = torch.cat([orthogonalize(part[None], polynomials)[0] for part in parts], dim=1)
+        elif name == "w_gate":
+            expected = orthogonalize(weight.grad[None], polynomials)[0]
+        else:
+            parts = weight.grad.split(4)
+            expected = torch.cat([orthogonalize(part[None], polynomials)[0] for part in parts])
+        scale = max(1.0, shape[0] / shape[1]) ** 0.5
+        assert torch.allclose(weight, -0.1 * scale * expected, rtol=0, atol=1e-5)
+
+
+def test_heads_of_rows_and_of_columns_are_told_apart():
+    """Two matrices of one shape."""
+    chosen = plan(**{**MUON, "weight_decay": 0.0, "muon_by_head": True})
+    wq, wo = torch.zeros(16, 16), torch.zeros(16, 16)
+    muon = Muon({"layers.0.attention.wq.weight": wq, "layers.0.attention.wo.weight": wo}, chosen)
+    wq.grad = random(16, 16)
+    wo.grad = wq.grad.mT.clone()
+    muon.step(0.1, 0.0)
+    assert torch.allclose(wq, wo.mT, rtol=0, atol=1e-5)
+    whole = orthogonalize(wq.grad[None])[0]
+    assert not torch.allclose(wq, -0.1 * whole, rtol=0, atol=1e-3), "it can be told"
 
 
 def test_rows_become_even_over_time_and_the_whole_keeps_its_norm():

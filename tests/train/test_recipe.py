@@ -224,17 +224,30 @@ def test_a_table_without_a_norm_behind_it_moves_as_slowly_as_matrices_under_adam
     assert planned(steps=100, size="1M", settings={"optimizer": optimizer}).embedding_rate > 4 * rate
 
 
-def test_muon_takes_its_time():
-    of = {name: {"optimizer": name, "batch_size": 8} for name in ("adamw", "muon")}
+@pytest.mark.parametrize("polynomials", [3, 5])
+@pytest.mark.parametrize("by_head", [False, True])
+def test_muon_takes_its_time(by_head, polynomials):
+    more = {"batch_size": 8, "muon_by_head": by_head, "muon_polynomials": polynomials}
+    of = {name: {"optimizer": name, **more} for name in ("adamw", "muon")}
     fast, slow = (
         recipe.tokens_per_second(planned(minutes=2, size="1M", settings=of[name]), 1e11) for name in of
     )
-    chosen = planned(minutes=2, size="1M", settings={"batch_size": 8})
+    chosen = planned(minutes=2, size="1M", settings=of["muon"])
     model, tokens = chosen.model, chosen.tokens_per_step
-    squares = 4 * 6 * model.dim**3
+    whole, head = 6 * model.dim**3, 4 * model.head_dim**2 * model.dim + 2 * model.head_dim**3
+    attention = 4 * (model.n_heads * head if by_head else whole)
     others = 3 * (4 * model.dim**2 * model.hidden_dim + 2 * model.dim**3)
-    extra = model.n_layers * 5 * (squares + others) / (0.4 * 1e11)
+    extra = model.n_layers * polynomials * (attention + others) / (0.4 * 1e11)
     assert tokens / slow == pytest.approx(tokens / fast + extra)
+
+
+def test_evaluations_take_a_small_part_of_a_run_if_they_are_large_enough():
+    """Each token is scored in a window of which half counts, forward only: two thirds of a token that is learned."""
+    for tokens, evaluations, expected in ((1e6, 8, 3750), (1e6, 4, 7500), (1e5, 8, 2048), (1e8, 8, 16384)):
+        chosen = planned(tokens=str(int(tokens)), size="1M", settings={"evaluations": evaluations})
+        assert chosen.evaluation_tokens == pytest.approx(expected, rel=0.01), (tokens, evaluations)
+    assert planned(tokens="1M", size="1M", settings={"evaluations": 0}).evaluation_tokens == 16384
+    assert planned(tokens="1M", size="1M", settings={"evaluation_tokens": 77}).evaluation_tokens == 77
 
 
 def test_a_text_is_enough_for_so_many_minutes_and_more_text_for_more():
@@ -287,7 +300,8 @@ def test_what_is_no_size_is_refused(text):
 OTHER = {
     "context": 48, "batch_size": 3, "accumulation": 2, "optimizer": "muon", "learning_rate": 0.0123,
     "embedding_rate": 0.05, "head_rate": 0.007, "gain_rate": 0.006, "schedule": "wsd", "warmup": 0.25, "decay": 0.5,
-    "final": 0.1, "beta1": 0.8, "beta2": 0.9, "momentum": 0.9, "normuon": True, "weight_decay": 0.3,
+    "final": 0.1, "beta1": 0.8, "beta2": 0.9, "momentum": 0.9, "muon_polynomials": 4,
+    "muon_by_head": True, "normuon": True, "weight_decay": 0.3,
     "weight_decay_falls": True, "cautious": True, "average": 0.05, "dropout": 0.1, "embedding_norm": True,
     "clip": 2.5, "precision": "bfloat16", "threads": 1, "evaluations": 3, "evaluation_tokens": 500, "save_every": 11,
     "save_seconds": 12.5, "compile": True,
