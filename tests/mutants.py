@@ -55,6 +55,7 @@ AVERAGED = LOOP + "test_the_average_of_the_weights_is_kept_where_it_predicts_bet
 LARGEST = RECIPE + "test_the_largest_model_is_taken_that_text_and_time_allow"
 WORKERS = "train/test_workers.py::"
 HELD = "test_costs.py::test_the_bytes_of_a_step_on_a_cpu_are_those_of_its_tensors"
+EVALUATIONS = RECIPE + "test_evaluations_take_a_small_part_of_a_run_if_they_are_large_enough"
 RESERVED = LOOP + "test_the_last_score_is_part_of_the_time"
 LIKELIHOOD, CHOICES = "measure/test_likelihood.py::", "measure/test_choices.py::"
 QUESTIONS = "data/test_questions.py::"
@@ -756,8 +757,21 @@ MUTANTS = [
     Mutant("resume: a step that cannot be read just now is taken for damaged", "checkpoint/folder.py",
            "if error.errno in DISK_FAILS or", "if not isinstance(error, PermissionError) or",
            LOOP + "test_a_step_that_cannot_be_read_just_now_ends_the_attempt_and_is_kept"),
+    Mutant("loop: the last score is of the plan's precision", "train/loop.py",
+           'if self.plan.precision == "float32" else self.model(tokens)', 'if True else self.model(tokens)',
+           LOOP + "test_the_reported_bits_per_byte_are_those_of_the_saved_model"),
+    Mutant("recipe: evaluations are as long as their number is large", "train/recipe.py",
+           " / max(1, plan.evaluations)", "", EVALUATIONS),
+    Mutant("recipe: an evaluation of one long row", "train/recipe.py",
+           ", EVALUATION_ROWS * context)", ", 0)", EVALUATIONS),
+    Mutant("recipe: Muon by head is planned for as a whole", "train/recipe.py",
+           "if plan.muon_by_head:", "if False:", RECIPE + "test_muon_takes_its_time"),
+    Mutant("evaluate: a few rows of a whole batch", "train/evaluate.py",
+           "max(1, rows // rows_at_once) * rows_at_once", "rows",
+           EVALUATE + "test_rows_are_asked_for_in_multiples_of_what_is_worked_on_at_once"),
     Mutant("time: the last weights are scored on everything, however long it takes", "train/loop.py",
-           "whole = self._score(self._exact, self.last_tokens)", "whole = self._score(self._exact, None)", RESERVED),
+           "whole = self._score(self._in_float32, self.last_tokens)", "whole = self._score(self._in_float32, None)",
+           RESERVED),
 
     # ---- resuming --------------------------------------------------------------------------------
     Mutant("resume: the memory of the optimiser is forgotten", "train/loop.py",
@@ -897,7 +911,7 @@ MUTANTS = [
     Mutant("Muon: heads of wo are put back as rows", "train/optim.py",
            "heads.transpose(1, 2).flatten(2)", "heads.flatten(1, 2).view(count, -1, x.shape[0] // count * x.shape[2])",
            OPTIM + "test_each_head_is_orthogonalised_by_itself"),
-    Mutant("Muon: wq and wo in one batch", "train/optim.py",
+    Mutant("Muon: matrices of one shape are taken whole", "train/optim.py",
            "alike.setdefault((weight.shape, along), {})", "alike.setdefault((weight.shape, None), {})",
            OPTIM + "test_heads_of_rows_and_of_columns_are_told_apart"),
     Mutant("Muon: bfloat16 whatever the plan says", "train/optim.py",

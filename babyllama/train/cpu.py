@@ -37,7 +37,7 @@ class CPUStep:
         self.plan = plan
         self._flatten()
         count = max(1, min(plan.threads, plan.batch_size))
-        self.rows = shares(plan.batch_size, count)
+        self.rows, self.rows_at_once = shares(plan.batch_size, count), plan.batch_size
         self.working = torch.empty(self.multiplied, dtype=self.dtype)
         self.parts = torch.empty(count, self.multiplied, dtype=self.dtype)
         embedded = self.table

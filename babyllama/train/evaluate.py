@@ -35,12 +35,14 @@ def score(
     max_tokens: int | None = None,
     device: str = "cpu",
     after_bos: tuple[int, Sequence[int]] | None = None,
+    rows_at_once: int = 1,
 ) -> Score:
     """Score every token of `ids` but the first exactly once, after at least context / 2 others where there are so many.
 
     logits        tokens (B, T) -> logits (B, T, V)
     byte_lengths  bytes of text that each id stands for; special tokens cost bits and add no bytes
     after_bos     the BOS id, and the lengths of ids that follow it, where those differ: SentencePiece's dummy space
+    rows_at_once  `logits` is asked for multiples of so many, but for the last
     max_tokens    score only about so many, evenly taken from the whole text
 
     Raises InputError E303 when there is nothing to score.
@@ -53,6 +55,7 @@ def score(
     bos_id, first_lengths = (-1, lengths) if after_bos is None else (after_bos[0], np.asarray(after_bos[1]))
     nats, sizes, tokens = [], [], 0
     rows = max(1, min(LOGITS_AT_ONCE // (context * len(lengths)), TOKENS_AT_ONCE // context))
+    rows = max(1, rows // rows_at_once) * rows_at_once
     for at in range(0, len(starts), rows):
         inputs, targets = np.zeros((2, len(starts[at : at + rows]), context), dtype=np.int64)
         counted = np.zeros(targets.shape, dtype=bool)

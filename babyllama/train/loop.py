@@ -34,7 +34,7 @@ from babyllama.errors import BabyLlamaError, InputError, MachineError, Numerical
 from babyllama.model import Llama, tap_names
 from babyllama.train.evaluate import Score, score
 from babyllama.train.optim import Average, Optimizer
-from babyllama.train.recipe import COMPILE_SECONDS, Plan
+from babyllama.train.recipe import COMPILE_SECONDS, EVALUATION_TOKENS, Plan
 from babyllama.train.step import PlainStep, Step, folded, loss_sum, products
 
 OPTIMIZER = "optim.safetensors"
@@ -42,7 +42,9 @@ PROCESS_STATUS = Path("/proc/self/status")
 RECORDS = 200  # steps that metrics.jsonl tells of, evenly over a run
 TRAINED = "tok_embeddings.weight.trained"  # as the optimiser has it, where the model's file has it folded
 LAST_SHARE = 0.02  # of a time budget, at most, for the score of the last weights
-LAST_TOKENS = 0.05  # of what a run of steps learned from, at most, for that; but evaluation_tokens always
+LAST_TOKENS = (
+    0.05  # of what a run of steps learned from, at most, for that; but as many as a large evaluation always
+)
 MOST_RESERVED = 0.25  # of a time budget, for all that comes after the last step
 SKIPS = 3  # steps in a row that are not finite; that many end the run
 
@@ -321,13 +323,13 @@ class _Training:
         """Decide how many tokens the last weights are scored on, and how many seconds that and the last save take."""
         if self.plan.steps:
             trained = self.plan.steps * self.plan.tokens_per_step
-            affordable = max(self.plan.evaluation_tokens, int(LAST_TOKENS * trained))
+            affordable = max(self.plan.evaluation_tokens, EVALUATION_TOKENS[1], int(LAST_TOKENS * trained))
             self.last_tokens = affordable if affordable < len(self.corpus.val_ids) else None
             return
         some = min(max(2 * self.plan.context, 4096), len(self.corpus.val_ids))
-        self._score(self._exact, some)  # warms up
+        self._score(self._in_float32, some)  # warms up
         began = time.perf_counter()
-        scored = self._score(self._exact, some)
+        scored = self._score(self._in_float32, some)
         rate = scored.tokens / max(1e-9, time.perf_counter() - began)
         affordable = int(LAST_SHARE * self.plan.seconds * rate)
         affordable = max(2 * self.plan.context, affordable)
@@ -481,7 +483,7 @@ class _Training:
 
     def finish(self) -> Outcome:
         """Score the last weights in float32: on all of the validation text, or a part that takes little of the run."""
-        whole = self._score(self._exact, self.last_tokens)
+        whole = self._score(self._in_float32, self.last_tokens)
         self._tick()
         told = {"event": "finished", "step": self.step, "seconds": self.seconds, **asdict(whole)}
         self._keep_metrics(lambda line: line.get("event") != "finished", told)  # not also of an earlier time
@@ -502,8 +504,8 @@ class _Training:
             weights[name].copy_(weight)
         return last
 
-    def _exact(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, T, V) in float32."""
+    def _in_float32(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V) in float32, by the faster of two ways where that is one of them."""
         return self.differentiate.logits(tokens) if self.plan.precision == "float32" else self.model(tokens)
 
     def _score(self, logits: Callable[[Tensor], Tensor], max_tokens: int | None) -> Score:
@@ -519,6 +521,7 @@ class _Training:
                 max_tokens,
                 self.plan.device,
                 self.after_bos,
+                self.differentiate.rows_at_once,
             )
         if not math.isfinite(scored.bits_per_byte):
             raise self._not_finite(f"bits per byte on validation are {scored.bits_per_byte}")

@@ -78,8 +78,8 @@ def schedule(plan: Plan, progress: float) -> float:
 
 # ---- Muon ----------------------------------------------------------------------------------------
 
-# Steps x ← a x + b x³ + c x⁵ that take every singular value from [l, 1] as near to 1 as so many can, where one
-# polynomial used so often would be slower: [Polar Express], algorithm 1, with its margin of 1.01 for rounding.
+# Steps x ← a x + b x³ + c x⁵ that take singular values from [l, 1] to near 1, where one polynomial used so often would
+# be slower: [Polar Express], algorithm 1, with its margin of 1.01 for rounding. No other 3 and 4 come nearer.
 POLYNOMIALS = {
     number: [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in steps]
     for number, steps in {
@@ -94,7 +94,7 @@ POLYNOMIALS = {
             (3.505570617, -2.626653836, 0.5257194048),
             (2.490115939, -1.834275083, 0.4368347069),
         ),
-        5: (  # the first four of the paper's eight, whose l is 0.001, and a last one
+        5: (  # the first five of the paper's eight, whose l is 0.001
             (8.28721201814563, -23.595886519098837, 17.300387312530933),
             (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
             (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
@@ -158,7 +158,8 @@ class Muon:
 
     Matrices of one shape are worked on as one batch. The update of an (out, in) matrix is scaled by √max(1, out / in).
     With plan.muon_by_head the rows of wq, wk and wv that belong to a head, and its columns of wo, are a matrix of their
-    own: [GroupMuon]; the update has the same norm, for a fraction of the products.
+    own: MuonSplit in [GroupMuon], where groups of heads were better still. The update's Frobenius norm stays the same,
+    for a fraction of the products.
     Differs from torch.optim.Muon in that, in the batches, in products in the precision of the plan, in the polynomials,
     and in that no gradient is too small for it.  Source: [Muon], with Nesterov's momentum.
     """

@@ -42,8 +42,9 @@ LARGEST_STEP = 8  # tokens of a step for each of the width: more steps learn mor
 BY_HEART = 10  # passes over the text times parameters for each of its bytes, from which on dropout helps
 COMPILE_SECONDS = 540  # of a run on a CUDA GPU, from which on torch.compile is worth the minute that it takes
 ENOUGH = 0.005  # of the bits per byte: a gain that is not worth twice the time
-EVALUATING = 0.02  # of a run's work, all evaluations together; of how many tokens each is, follows
+EVALUATING = 0.02  # of a run's work, all evaluations together, which decides how many tokens each scores
 EVALUATION_TOKENS = 2048, 16384  # as few and as many as are right for one
+EVALUATION_ROWS = 8  # of the context's length, that an evaluation has at least
 OVERHEAD = 0.05  # of a run's seconds: evaluations, samples, saves
 MEMORY_SHARE = 0.8  # of the free memory that training may plan to use
 
@@ -70,8 +71,9 @@ class Plan:
     beta1: float = 0.9
     beta2: float = 0.98
     momentum: float = 0.95  # of Muon, by Nesterov
+    # These two are what runs had before there was a choice, for their run.json does not name them
     muon_polynomials: int = 5  # of its orthogonalisation, 3 to 5: fewer are faster, and less exact
-    muon_by_head: bool = False  # it works on each attention head's part of a matrix by itself
+    muon_by_head: bool = False  # Muon works on each attention head's part of a matrix by itself
     normuon: bool = False  # Muon, with rows made equally long over time
     weight_decay: float = 0.1  # of matrices, times their rate; never of gains or of the vocabulary's
     weight_decay_falls: bool = False  # along the schedule, besides the rate that it is multiplied with
@@ -299,7 +301,7 @@ def _for_model(
     plan = Plan(model=model, seconds=seconds, steps=steps, **{**chosen, **settings})
     epochs = _epochs(plan, text, peak, used)
     # A token is scored in windows that overlap by half, forward only: two thirds of the work of one that is learned
-    scored = 1.5 * EVALUATING * epochs * text.tokens / max(1, plan.evaluations)
+    scored = 1.5 * EVALUATING * _tokens(plan, peak, used) / max(1, plan.evaluations)
     fewest, most = EVALUATION_TOKENS
     again = math.log2(max(1.0, epochs))  # how often the passes were doubled
     by_heart = math.log2(max(1.0, epochs * multiplied(model) / text.bytes / BY_HEART))
@@ -307,7 +309,7 @@ def _for_model(
         "dropout": round(min(0.3, 0.17 * by_heart), 2),
         "weight_decay": round(min(0.5, 0.1 + 0.45 * again), 2),
         "compile": plan.device.startswith("cuda") and _seconds(plan, peak, used) >= COMPILE_SECONDS,
-        "evaluation_tokens": int(min(max(scored, fewest), most)),
+        "evaluation_tokens": int(max(min(max(scored, fewest), most), EVALUATION_ROWS * context)),
     }
     return replace(plan, **{name: value for name, value in care.items() if name not in settings})
 

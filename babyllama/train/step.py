@@ -32,6 +32,8 @@ class Step(Protocol):
         """
         ...
 
+    rows_at_once: int  # of `logits`; work on fewer takes as long
+
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, V): what the plain Llama with these weights answers, in the plan's precision."""
         ...
@@ -39,6 +41,8 @@ class Step(Protocol):
 
 class PlainStep:
     """model.py, differentiated by PyTorch."""
+
+    rows_at_once = 1
 
     def __init__(self, model: Llama, plan: Plan) -> None:
         self.model, self.plan = model, plan

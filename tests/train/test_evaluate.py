@@ -98,6 +98,20 @@ def test_no_more_rows_are_asked_for_at_once_than_fit(monkeypatch):
     assert set(shapes[:-1]) == {(2, 10)}
 
 
+@pytest.mark.parametrize(("rows_at_once", "expected"), [(1, 5), (2, 4), (3, 3), (5, 5), (8, 8)])
+def test_rows_are_asked_for_in_multiples_of_what_is_worked_on_at_once(monkeypatch, rows_at_once, expected):
+    """More than fit, where that many are worked on in any case."""
+    monkeypatch.setattr(evaluate, "TOKENS_AT_ONCE", 50)
+    shapes = []
+
+    def logits(tokens):
+        shapes.append(tuple(tokens.shape))
+        return uniform(50)(tokens)
+
+    found = score(logits, np.arange(50).repeat(3), [1] * 50, 10, rows_at_once=rows_at_once)
+    assert set(shapes[:-1]) == {(expected, 10)} and found.tokens == 149
+
+
 # ---- bytes ---------------------------------------------------------------------------------------
 
 

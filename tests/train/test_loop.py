@@ -1077,11 +1077,21 @@ def test_a_state_that_lacks_a_part_is_refused(prepared, tmp_path):
     assert caught.value.code == "E206"
 
 
-def test_the_reported_bits_per_byte_are_those_of_the_saved_model(prepared, tmp_path, corpus):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_reported_bits_per_byte_are_those_of_the_saved_model(prepared, tmp_path, corpus, precision):
+    """In float32, whatever the precision of the run."""
     events = []
-    run = train(prepared, tmp_path / "run", tell=events.append, evaluation_tokens=10**9)
+    run = train(prepared, tmp_path / "run", tell=events.append, evaluation_tokens=10**9, precision=precision)
     last = next(event for event in reversed(events) if isinstance(event, Evaluated))
-    assert events[-1].score.bits_per_byte == pytest.approx(last.score.bits_per_byte, rel=1e-5)
+    saved = api.load(run.folder(STEPS))
+    bos = corpus.tokenizer.bos_id
+    after_bos = bos, corpus.tokenizer.byte_lengths(bos)
+    lengths = corpus.tokenizer.byte_lengths()
+    found = evaluate.score(saved.model, np.asarray(corpus.val_ids), lengths, 32, after_bos=after_bos)
+    assert events[-1].score.bits_per_byte == pytest.approx(found.bits_per_byte, rel=1e-6)
+    assert (last.score.bits_per_byte == pytest.approx(found.bits_per_byte, rel=1e-6)) == (
+        precision == "float32"
+    )
     assert run.state(STEPS)["bits_per_byte"] == last.score.bits_per_byte
     text = corpus.tokenizer.decode(corpus.val_ids.tolist())
     assert events[-1].score.bytes == len(text.encode()) == corpus.val_bytes

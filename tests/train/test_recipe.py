@@ -248,6 +248,7 @@ def test_evaluations_take_a_small_part_of_a_run_if_they_are_large_enough():
         assert chosen.evaluation_tokens == pytest.approx(expected, rel=0.01), (tokens, evaluations)
     assert planned(tokens="1M", size="1M", settings={"evaluations": 0}).evaluation_tokens == 16384
     assert planned(tokens="1M", size="1M", settings={"evaluation_tokens": 77}).evaluation_tokens == 77
+    assert planned(tokens="1M", size="1M", settings={"context": 1000}).evaluation_tokens == 8000
 
 
 def test_a_text_is_enough_for_so_many_minutes_and_more_text_for_more():
@@ -627,6 +628,14 @@ def test_a_plan_written_down_and_read_is_the_same(scaling, tied):
         chosen = Plan(model=model, **end, **{**OTHER, "embedding_norm": not tied})
         again = plan_from_json(json.loads(json.dumps(plan_to_json(chosen))))
         assert again == chosen and type(again.model.rope_scaling) is type(scaling)
+
+
+def test_a_plan_written_before_muon_had_a_choice_goes_on_as_it_was():
+    value = plan_to_json(planned(minutes=9, size="1M", settings={"optimizer": "muon"}))
+    assert (value["muon_polynomials"], value["muon_by_head"]) == (3, True)
+    del value["muon_polynomials"], value["muon_by_head"]
+    before = plan_from_json(value)
+    assert (before.muon_polynomials, before.muon_by_head) == (5, False)
 
 
 def test_a_plan_of_a_later_version_is_refused_and_not_half_understood():
