@@ -259,8 +259,9 @@ def _for_model(
     itself" (two tables): Muon and the norm after the embedding win, dropout loses, linear beats cosine; cautious decay
     and weight decay win in one of them or on one text; warm-up, average and clip make no difference. "Dropout hurts
     long before it helps". "Shorter rows for narrow models". 2026-11-24, "weight decay was twice too strong": its
-    largest. 2026-11-24, "what a small text wants": Muon's rate, one seed each. The other rates, the size of a step and
-    the growth of weight decay with the passes were chosen in runs that are not in the log.
+    largest. 2026-12-01, "Muon was a third of a step": heads by themselves, three polynomials, Muon's rate, the tokens
+    for each parameter, one seed each. The other rates, the size of a step and the growth of weight decay with the
+    passes were chosen in runs that are not in the log.
     """
     context, width = settings["context"], model.dim
     steps, seconds = until.steps, until.seconds
