@@ -279,7 +279,7 @@ def _for_model(
     chosen: dict[str, Any] = {"batch_size": rows, "embedding_norm": True, "average": AVERAGE}
     asked = {"accumulation": 1, **chosen, **settings}
     step = asked["batch_size"] * asked["accumulation"] * context  # tokens, of rows that were rounded
-    enough = step >= 0.8 * MUON_STEP * width
+    enough = step >= MUON_STEP * width * 4 / 5  # a division comes last: exact where it can be
     if until.tokens:
         steps = math.ceil(until.tokens / step)
     # Half of the law fitted for the OLMo models, 0.0047 · (N / 108M)^(-1/3), and at most 0.004: for all below 22M

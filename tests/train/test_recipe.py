@@ -224,6 +224,13 @@ def test_a_table_without_a_norm_behind_it_moves_as_slowly_as_matrices_under_adam
     assert planned(steps=100, size="1M", settings={"optimizer": optimizer}).embedding_rate > 4 * rate
 
 
+@pytest.mark.parametrize(("rows", "optimizer"), [(5, "adamw"), (6, "muon")])
+def test_muon_is_taken_from_four_fifths_of_its_step_on_and_exactly_there(rows, optimizer):
+    """Of 960 tokens at a width of 160; in floating point 0.8 · 6 · 160 is above 768."""
+    asked = {"batch_size": rows, "context": 128}
+    assert planned(minutes=3, size="160x4x5", settings=asked).optimizer == optimizer
+
+
 @pytest.mark.parametrize("polynomials", [3, 5])
 @pytest.mark.parametrize("by_head", [False, True])
 def test_muon_takes_its_time(by_head, polynomials):
