@@ -42,9 +42,7 @@ PROCESS_STATUS = Path("/proc/self/status")
 RECORDS = 200  # steps that metrics.jsonl tells of, evenly over a run
 TRAINED = "tok_embeddings.weight.trained"  # as the optimiser has it, where the model's file has it folded
 LAST_SHARE = 0.02  # of a time budget, at most, for the score of the last weights
-LAST_TOKENS = (
-    0.05  # of what a run of steps learned from, at most, for that; but as many as a large evaluation always
-)
+LAST_TOKENS = 0.05  # of what a run of steps learned from, for that; never fewer than a large evaluation has
 MOST_RESERVED = 0.25  # of a time budget, for all that comes after the last step
 SKIPS = 3  # steps in a row that are not finite; that many end the run
 

@@ -400,7 +400,7 @@ def test_muon_multiplies_in_the_precision_of_the_plan(precision):
 @pytest.mark.parametrize("polynomials", BANDS)
 def test_each_head_is_orthogonalised_by_itself(name, polynomials):
     """Heads of 4 numbers: three rows of blocks in wq, two in wk and wv, three columns of blocks in wo."""
-    shape = {"wk": (8, 20), "wv": (8, 20), "wo": (20, 12), "w_gate": (12, 20)}.get(name, (12, 20))
+    shape = {"wk": (8, 20), "wv": (8, 20), "wo": (20, 12)}.get(name, (12, 20))
     model = Config(vocab_size=8, dim=20, n_layers=1, n_heads=3, n_kv_heads=1, head_dim=4, max_seq_len=8)
     chosen = plan(**{**MUON, "weight_decay": 0.0, "muon_by_head": True, "muon_polynomials": polynomials})
     weights = {f"layers.{i}.attention.{name}.weight": torch.zeros(shape) for i in range(3)}
