@@ -1,13 +1,13 @@
 """Fit the law of babyllama/train/law.py again, and write it to law.json beside it.
 
-    python benchmarks/law.py                      run what is missing (about half an hour on two idle cores), then fit
+    python benchmarks/law.py                      run what is missing (some twenty minutes on two idle cores), then fit
     python benchmarks/law.py runs/tales runs/mine     these finished runs count too, and stay in law.json
     python benchmarks/law.py --fit                    fit what law.json holds, and show how well
     python benchmarks/law.py --fresh                  forget first what it holds, as when the recipe has changed
     python benchmarks/law.py --longer 3               on cores without bfloat16: three times the seconds of each run
 
 Each run of its own is one thread for some processor seconds, by the recipe but for its size; see ablate.py, which makes
-them and goes on where it was interrupted. The sizes lie around what a budget can train, so that the best is inside.
+them and goes on where it was interrupted. Each budget has the size that the recipe takes by itself, and smaller ones.
 Three kinds of text: tales, plays, and Python, namely a part of SymPy, which PyTorch brings with it.
 """
 
@@ -26,7 +26,7 @@ from babyllama.train.recipe import TOKENS_PER_PARAMETER, multiplied, plan_from_j
 
 CODE = Path(sympy.__file__).parent / "physics"
 TEXTS = {"fairy-tales": "fairy-tales", "shakespeare": "shakespeare", "sympy-physics": str(CODE)}
-SIZES = {20.0: ("200k", "600k", "1.2M"), 60.0: ("600k", "1.2M", "3M"), 180.0: ("1.2M", "3M", "6M")}
+SIZES = {20.0: ("200k", "400k"), 60.0: ("400k", "800k"), 180.0: ("800k", "1.6M")}
 OUT = "runs/ablations"
 
 

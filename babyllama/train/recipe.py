@@ -39,6 +39,7 @@ FEWEST_STEPS = 600  # as few as this are right if each is then large enough for 
 MUON_STEP = 6  # tokens of a step for each of the width of the model, from which on Muon is worth its time
 AVERAGE = 0.02  # of a run: what is so much older counts half in the average of the weights
 LARGEST_STEP = 8  # tokens of a step for each of the width: more steps learn more than larger ones
+HEAD_RATES = 0.0017, 0.007  # of the output matrix beside Muon: the second over the passes, at least the first
 BY_HEART = 10  # passes over the text times parameters for each of its bytes, from which on dropout helps
 COMPILE_SECONDS = 540  # of a run on a CUDA GPU, from which on torch.compile is worth the minute that it takes
 ENOUGH = 0.005  # of the bits per byte: a gain that is not worth twice the time
@@ -291,7 +292,7 @@ def _for_model(
             "muon_by_head": True,
             "learning_rate": 0.02,
             "embedding_rate": round(0.1 * (128 / width) ** 0.5, 4) if asked["embedding_norm"] else rate,
-            "head_rate": 0.007,
+            "head_rate": HEAD_RATES[1],
             "gain_rate": 0.006,
             "beta1": 0.8,
             "cautious": True,
@@ -306,12 +307,15 @@ def _for_model(
     fewest, most = EVALUATION_TOKENS
     again = math.log2(max(1.0, epochs))  # how often the passes were doubled
     by_heart = math.log2(max(1.0, epochs * multiplied(model) / text.bytes / BY_HEART))
+    lowest, highest = HEAD_RATES
     care: dict[str, Any] = {
         "dropout": round(min(0.3, 0.17 * by_heart), 2),
         "weight_decay": round(min(0.5, 0.1 + 0.45 * again), 2),
         "compile": plan.device.startswith("cuda") and _seconds(plan, peak, used) >= COMPILE_SECONDS,
         "evaluation_tokens": int(max(min(max(scored, fewest), most), EVALUATION_ROWS * context)),
     }
+    if plan.optimizer == "muon":
+        care["head_rate"] = round(max(lowest, highest / max(1.0, epochs)), 4)
     return replace(plan, **{name: value for name, value in care.items() if name not in settings})
 
 

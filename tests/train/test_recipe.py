@@ -162,6 +162,17 @@ def test_text_that_is_seen_more_often_is_learned_with_more_dropout_and_decay():
     assert (dropped[0], dropped[-1]) == (0.3, 0.0) and (decays[0], decays[-1]) == (0.5, 0.1)
 
 
+def test_the_output_matrix_learns_more_slowly_from_text_that_is_seen_again():
+    def rate(epochs: float, **settings: object) -> float:
+        plan = planned(train_tokens=10**6, tokens=round(epochs * 10**6), size="1M", settings=settings)
+        assert plan.steps * plan.tokens_per_step == pytest.approx(epochs * 10**6, rel=0.01)
+        return plan.head_rate
+
+    rates = [rate(0.8), rate(1), rate(2), rate(3.5), rate(9)]
+    assert rates == pytest.approx([0.007, 0.007, 0.0035, 0.002, 0.0017], abs=1e-4)
+    assert rate(9, head_rate=0.01) == 0.01 and rate(9, optimizer="adamw") == 0
+
+
 def test_dropout_is_for_models_that_can_learn_their_text_by_heart():
     """Passes times parameters decide, for each byte of the text: ten are too few for any."""
 
