@@ -47,6 +47,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -408,13 +409,15 @@ def prepared(request: Line, vocab_size: int | None) -> Any:
         return prepare(request["text"], folder, vocab_size=vocab_size)
 
 
+def by_name(shape: Sequence[int]) -> str:
+    """(dim, layers, heads) as a size is written."""
+    return "x".join(map(str, shape))
+
+
 def first_plan(request: Line) -> Line:
     """What babyllama plans for this text and time on one thread of this speed; every cell takes from it what it does
     not name."""
-    from shapes import plan_for
-
     from babyllama import machine
-    from babyllama.model import Config
     from babyllama.train import recipe
 
     base = request["base"]
@@ -427,27 +430,23 @@ def first_plan(request: Line) -> Line:
         "settings": {"threads": 1},
         "speed": speed,
     }
-    if "shape" in base:
-        dim, n_layers, n_heads = base["shape"]
-        config = Config(vocab_size=corpus.vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads)
-        plan = plan_for(config, **options)
-    else:
-        plan = recipe.plan(vocab_size=corpus.vocab_size, size=base.get("size"), **options)
+    size = by_name(base["shape"]) if "shape" in base else base.get("size")
+    plan = recipe.plan(vocab_size=corpus.vocab_size, size=size, **options)
     text = {"train_bytes": corpus.train_bytes, "val_bytes": corpus.val_bytes}
     return {"plan": recipe.plan_to_json(plan), "speed": asdict(speed), **text}
 
 
 def cell_plan(request: Line, vocab_size: int, text_bytes: int, train_tokens: int) -> Any:
     """The plan of a cell: the recipe's for its shape and vocabulary, with the cell's settings."""
-    from shapes import plan_for
-
     from babyllama import machine
     from babyllama.train import recipe
 
     head, base, settings = request["head"], request["base"], dict(request["settings"])
     first = recipe.plan_from_json(head["plan"])
     outside = {name: settings.pop(name) for name in OUTSIDE if name in settings}
-    resized = any(outside.get(name) != base.get(name) for name in ("size", "shape", "vocab_size"))
+    changed = {name for name in ("size", "shape", "vocab_size") if outside.get(name) != base.get(name)}
+    if "shape" in changed or ("shape" in outside and "size" not in changed):
+        outside.pop("size", None)  # what a cell says comes before the base, and a shape before a size
     options: dict[str, Any] = {
         "text_bytes": text_bytes,
         "train_tokens": train_tokens,
@@ -458,31 +457,22 @@ def cell_plan(request: Line, vocab_size: int, text_bytes: int, train_tokens: int
     }
     shape = outside.get("shape", (first.model.dim, first.model.n_layers, first.model.n_heads))
     context = int(settings.get("context", first.context))
-    if resized and "context" not in settings:
-        size = outside.get("size", "x".join(map(str, shape)))
+    size = str(outside.get("size", by_name(shape)))
+    if changed and "context" not in settings:
         context = recipe.plan(vocab_size=vocab_size, size=size, settings={"threads": 1}, **options).context
     tokens = outside.get("tokens_per_step", first.batch_size * first.context)
     own = {"threads": 1, "precision": first.precision, "context": context, "evaluations": 0}
     own |= {"save_seconds": 1e9, "batch_size": max(1, round(tokens / context))}
-    if not resized:
+    if not changed:
         own |= {"dropout": first.dropout, "weight_decay": first.weight_decay}
-    if outside.get("size") != base.get("size") and "tokens_per_step" not in outside:
+    if "size" in changed & outside.keys() and "tokens_per_step" not in outside:
         del own["batch_size"]  # the recipe's for that size
     options["settings"] = own | settings
-    if "size" in outside:
-        return recipe.plan(vocab_size=vocab_size, size=str(outside["size"]), **options)
-    from babyllama.model import Config
-
-    dim, n_layers, n_heads = shape
-    config = Config(
-        vocab_size=vocab_size,
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        max_seq_len=context,
-        tie_embeddings=bool(outside.get("tie_embeddings", False)),
-    )
-    return plan_for(config, **options)
+    plan = recipe.plan(vocab_size=vocab_size, size=size, **options)
+    if not changed and "head_rate" not in settings and plan.optimizer == first.optimizer == "muon":
+        plan = replace(plan, head_rate=first.head_rate)  # by the passes, too
+    tied = bool(outside.get("tie_embeddings", False))
+    return replace(plan, model=replace(plan.model, tie_embeddings=tied))
 
 
 def one_run(request: Line) -> Line:

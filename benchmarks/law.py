@@ -7,7 +7,8 @@
     python benchmarks/law.py --longer 3               on cores without bfloat16: three times the seconds of each run
 
 Each run of its own is one thread for some processor seconds, by the recipe but for its size; see ablate.py, which makes
-them and goes on where it was interrupted. Each budget has the size that the recipe takes by itself, and smaller ones.
+them and goes on where it was interrupted, with the same code. The sizes lie around what a budget can train, so that
+the best is inside.
 Three kinds of text: tales, plays, and Python, namely a part of SymPy, which PyTorch brings with it.
 """
 
@@ -26,29 +27,30 @@ from babyllama.train.recipe import TOKENS_PER_PARAMETER, multiplied, plan_from_j
 
 CODE = Path(sympy.__file__).parent / "physics"
 TEXTS = {"fairy-tales": "fairy-tales", "shakespeare": "shakespeare", "sympy-physics": str(CODE)}
-SIZES = {20.0: ("200k", "400k"), 60.0: ("400k", "800k"), 180.0: ("800k", "1.6M")}
+SIZES = {20.0: ("64x2x2", "96x3x3"), 60.0: ("96x3x3", "128x4x4"), 180.0: ("128x4x4", "160x4x5", "192x5x6")}
 OUT = "runs/ablations"
 
 
 def make_runs(fresh: bool, longer: float, jobs: int) -> None:
     """Make the runs of TEXTS and SIZES that are missing; `fresh`: those of other versions of the code do not count."""
     for text in TEXTS.values():
-        for seconds, sizes in SIZES.items():
-            cells = [argument for size in sizes for argument in ("--cell", f"{size}: size={size}")]
+        for seconds, (first, *others) in SIZES.items():
+            cells = [argument for size in others for argument in ("--cell", f"{size}: size={size}")]
+            cells += ["--set", f"size={first}"]
             where = ["--text", text, "--seconds", str(seconds * longer), "--seeds", "1"]
             ablate.main(
                 ["law", *cells, *where, "--jobs", str(jobs), "--out", OUT, *(["--anew"] if fresh else [])]
             )
 
 
-def made_runs(fresh: bool) -> list[law.Reached]:
-    """What was made so far, but for models too large for their time, which the recipe would not choose."""
+def made_runs() -> list[law.Reached]:
+    """What this code made so far, but for models too large for their time, which the recipe would not choose."""
     found, hard, names = [], {}, {text: name for name, text in TEXTS.items()}
     for line in ablate.read_lines(Path(OUT) / "law.jsonl"):
         if "bits_per_byte" not in line or line["text"] not in names:
             continue
-        if "content" not in line or (fresh and line["code"] != ablate.code()):
-            continue  # of a version that scored a part of the validation text; or of an earlier one
+        if line["code"] != ablate.code() or line["content"] != ablate.content(line["text"]):
+            continue  # what others made stands in law.json, if it is to count
         corpus = ablate.prepared({"text": line["text"], "data": f"{OUT}/data"}, None)
         tokens = line["epochs"] * len(corpus.train_ids)
         if tokens < TOKENS_PER_PARAMETER * line["parameters"]:
@@ -120,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     new = [finished(path) for path in given.runs]
     if not given.fit:
         make_runs(given.fresh, given.longer, given.jobs)
-        new += made_runs(given.fresh)
+        new += made_runs()
     runs = [run for run in kept if run not in new] + new
     fitted = law.fit(runs)
     law.write(fitted, runs)

@@ -1008,7 +1008,7 @@ MUTANTS = [
     Mutant("score: bytes of the inputs, not of the targets", "train/evaluate.py",
            "first_lengths[targets], lengths[targets])", "first_lengths[inputs], lengths[inputs])", SCORED),
     Mutant("score: a limit takes the beginning of the text", "train/evaluate.py",
-           "starts[:: math.ceil(len(starts) / max(1, max_tokens // stride))]", "starts[: max(1, max_tokens // stride)]",
+           "starts = [starts[i * len(starts) // most] for i in range(most)]", "starts = starts[:most]",
            EVALUATE + "test_a_limit_takes_evenly_from_the_whole_text_and_always_the_same"),
     Mutant("score: the error bar of a sum", "train/evaluate.py",
            "nats_by_part - ratio * bytes_by_part", "nats_by_part - nats_by_part.mean()",

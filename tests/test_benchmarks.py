@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -369,10 +370,10 @@ def test_the_law_is_fitted_to_runs_of_this_code_that_the_recipe_might_have_made(
             "content": "named",
         }
         kept = told | {"code": "now"} | more
-        return json.dumps({key: value for key, value in kept.items() if value is not None})
+        return json.dumps(kept)
 
     lines = [line(), line(code="before"), line(epochs=0.9), line(text="another"), line(bits_per_byte=1.7)]
-    lines.append(line(content=None, bits_per_byte=1.6))  # of a version that scored a part of the text
+    lines.append(line(content="another text of this name", bits_per_byte=1.6))
     monkeypatch.setattr(law, "OUT", str(tmp_path))
     (tmp_path / "law.jsonl").write_text("\n".join(lines), encoding="utf-8")
     tokens = int(recipe.TOKENS_PER_PARAMETER * 10**6)
@@ -380,8 +381,7 @@ def test_the_law_is_fitted_to_runs_of_this_code_that_the_recipe_might_have_made(
     monkeypatch.setattr(ablate, "prepared", lambda request, vocab_size: corpus)
     monkeypatch.setattr(ablate, "code", lambda: "now")
     monkeypatch.setattr(law, "hardness", lambda corpus: 2.0)
-    assert [run.bits_per_byte for run in law.made_runs(fresh=True)] == [1.8, 1.7]
-    assert [run.bits_per_byte for run in law.made_runs(fresh=False)] == [1.8, 1.8, 1.7]
+    assert [run.bits_per_byte for run in law.made_runs()] == [1.8, 1.7]
 
 
 # ---- ablations: arithmetic
@@ -646,6 +646,41 @@ def test_a_cell_changes_what_it_names_and_what_comes_with_it(monkeypatch):
     rates = {"learning_rate", "embedding_rate", "head_rate", "gain_rate"}
     own = {"muon_by_head", "muon_polynomials"}
     assert changed("AdamW") == {"optimizer", *rates, *own, "beta1", "cautious", "clip"}
+
+
+def test_a_slower_or_faster_cell_keeps_the_rate_that_goes_by_passes(monkeypatch):
+    request = first(300, monkeypatch)
+    baseline = planned(request, ablate.AS_IT_IS)
+    lowest, highest = recipe.HEAD_RATES
+    assert lowest < baseline.head_rate < highest
+    for cell in (Cell("heads together", {"muon_by_head": False}), Cell("longer rows", {"context": 256})):
+        assert planned(request, cell).head_rate == baseline.head_rate
+    assert planned(request, Cell("another rate", {"head_rate": 0.01})).head_rate == 0.01
+
+
+def test_what_a_cell_says_of_its_size_comes_before_the_base(monkeypatch):
+    request = first(3000, monkeypatch, size="600k")
+    tied = planned(request, Cell("tied", {"tie_embeddings": True, "embedding_norm": False}))
+    usual = planned(request, Cell("untied", {"embedding_norm": False}))
+    assert tied.model == replace(usual.model, tie_embeddings=True)
+    assert planned(request, Cell("wide", {"shape": [192, 5, 6]})).model.dim == 192
+    assert (
+        planned(first(3000, monkeypatch, shape=[128, 4, 4]), Cell("wide", {"size": "192x5x6"})).model.dim
+        == 192
+    )
+
+
+def test_the_runs_of_the_law_are_all_of_different_sizes(monkeypatch):
+    asked: list[list[str]] = []
+    monkeypatch.setattr(ablate, "main", asked.append)
+    law.make_runs(fresh=True, longer=3, jobs=2)
+    assert len(asked) == len(law.TEXTS) * len(law.SIZES) and all("--anew" in each for each in asked)
+    for number, arguments in enumerate(asked):
+        given = ablate.parser().parse_args(arguments)
+        sizes = list(law.SIZES.values())[number % len(law.SIZES)]
+        cells = [ablate.parse_cell(cell).settings["size"] for cell in given.cell]
+        assert (dict(map(ablate.parse_setting, given.set))["size"], *cells) == sizes
+        assert given.seconds == [3 * list(law.SIZES)[number % len(law.SIZES)]]
 
 
 def test_a_shape_for_every_cell_is_planned_for_as_such(monkeypatch):

@@ -50,7 +50,8 @@ def score(
     stride = max(1, context // 2)
     starts = list(range(0, len(ids) - 1, stride))
     if max_tokens is not None and max_tokens < len(ids):
-        starts = starts[:: math.ceil(len(starts) / max(1, max_tokens // stride))]
+        most = min(max(1, max_tokens // stride), len(starts))
+        starts = [starts[i * len(starts) // most] for i in range(most)]
     lengths = np.asarray(byte_lengths)
     bos_id, first_lengths = (-1, lengths) if after_bos is None else (after_bos[0], np.asarray(after_bos[1]))
     nats, sizes, tokens = [], [], 0

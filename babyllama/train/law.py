@@ -135,7 +135,7 @@ def _fit(runs: Sequence[Reached]) -> Law:
 def _not_negative(columns: NDArray[np.float64]) -> NDArray[np.float64]:
     """Least squares for columns · x = 1 with no x below 0.
 
-    Where the free solution has a negative part, the best of those on fewer columns is taken.
+    The best of the free solutions on some of the columns, of those that have no negative part.
     """
     ones, count = np.ones(len(columns)), columns.shape[1]
     best, least = np.zeros(count), math.inf
@@ -147,8 +147,6 @@ def _not_negative(columns: NDArray[np.float64]) -> NDArray[np.float64]:
             if (x >= 0).all() and error < least:
                 best, least = np.zeros(count), error
                 best[use] = x
-        if least < math.inf:
-            break
     return best
 
 

@@ -333,7 +333,8 @@ class _Training:
         affordable = max(2 * self.plan.context, affordable)
         self.last_tokens = affordable if affordable < len(self.corpus.val_ids) else None
         self.last_seconds = min(self.last_tokens or math.inf, len(self.corpus.val_ids)) / rate
-        self._keep(0.0)
+        guessed = min(self.plan.evaluation_tokens, len(self.corpus.val_ids)) / rate
+        self._keep(guessed * (1 if self.average is None else 2))  # until an evaluation and a save were timed
 
     def _keep(self, seconds: float) -> None:
         """Reserve what the last score takes, and `seconds` for the evaluation and the save before it."""

@@ -36,10 +36,10 @@ PARAMETERS_PER_BYTE = 16  # of training text, at most; more only learns it by he
 TOKENS_PER_PARAMETER = 0.36  # that a run is expected to see at least: a larger model is no better by then
 STEPS = 1200  # that a run takes, as long as they do not become too small or too large
 FEWEST_STEPS = 600  # as few as this are right if each is then large enough for Muon
-MUON_STEP = 6  # tokens of a step for each of the width of the model, from which on Muon is worth its time
+MUON_STEP = 6  # tokens of a step for each of the width, aimed at for Muon's sake; four fifths of it will do
 AVERAGE = 0.02  # of a run: what is so much older counts half in the average of the weights
 LARGEST_STEP = 8  # tokens of a step for each of the width: more steps learn more than larger ones
-HEAD_RATES = 0.0017, 0.007  # of the output matrix beside Muon: the second over the passes, at least the first
+HEAD_RATES = 0.0017, 0.007  # least and most of the output matrix beside Muon: the most divided by the passes
 BY_HEART = 10  # passes over the text times parameters for each of its bytes, from which on dropout helps
 COMPILE_SECONDS = 540  # of a run on a CUDA GPU, from which on torch.compile is worth the minute that it takes
 ENOUGH = 0.005  # of the bits per byte: a gain that is not worth twice the time
@@ -261,21 +261,23 @@ def _for_model(
     and weight decay win in one of them or on one text; warm-up, average and clip make no difference. "Dropout hurts
     long before it helps". "Shorter rows for narrow models". 2026-11-24, "weight decay was twice too strong": its
     largest. 2026-12-01, "Muon was a third of a step": heads by themselves, three polynomials, Muon's rate, the tokens
-    for each parameter, one seed each. The other rates, the size of a step and the growth of weight decay with the
-    passes were chosen in runs that are not in the log.
+    for each parameter, one seed each; "the output matrix learned too fast": its rate, and that of the token table. The
+    rate of the norms, the size of a step and the growth of weight decay with the passes were chosen in runs that are
+    not in the log.
     """
     context, width = settings["context"], model.dim
-    steps, seconds = until.steps, until.seconds
-    seen = until.tokens
-    if not seen:  # without Muon, which takes time of its own
-        asked_for = {"seconds": seconds, "steps": steps, "device": settings["device"]}
-        bare = Plan(model=model, context=context, batch_size=1, threads=1, **asked_for)
-        seen = _tokens(bare, peak, used)
-    largest = LARGEST_STEP * width if settings["device"] == "cpu" else 2**16
-    least = max(512, min(MUON_STEP * width, seen / FEWEST_STEPS))
-    tokens_per_step = 2048 if steps else min(max(seen / STEPS, least), largest)
+    steps, seconds, device = until.steps, until.seconds, settings["device"]
+    tokens_per_step = 2048.0
+    if not steps:
+        seen = until.tokens
+        if not seen:  # without Muon, which takes time of its own
+            bare = Plan(model=model, context=context, batch_size=1, threads=1, seconds=seconds, device=device)
+            seen = _tokens(bare, peak, used)
+        largest = LARGEST_STEP * width if device == "cpu" else 2**16
+        least = max(512, min(MUON_STEP * width, seen / FEWEST_STEPS))
+        tokens_per_step = min(max(seen / STEPS, least), largest)
     # Threads share the rows evenly, where time ends the run; so many steps, or tokens, are the same on every machine
-    each = settings["threads"] if settings["device"] == "cpu" and seconds else 1
+    each = settings["threads"] if device == "cpu" and seconds else 1
     rows = min(max(1, round(tokens_per_step / context / each)) * each, max(1, text.tokens // context))
     chosen: dict[str, Any] = {"batch_size": rows, "embedding_norm": True, "average": AVERAGE}
     asked = {"accumulation": 1, **chosen, **settings}
@@ -292,7 +294,7 @@ def _for_model(
             "muon_by_head": True,
             "learning_rate": 0.02,
             "embedding_rate": round(0.1 * (128 / width) ** 0.5, 4) if asked["embedding_norm"] else rate,
-            "head_rate": HEAD_RATES[1],
+            "head_rate": HEAD_RATES[1],  # until the passes are known, below
             "gain_rate": 0.006,
             "beta1": 0.8,
             "cautious": True,

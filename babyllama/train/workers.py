@@ -25,7 +25,7 @@ class Workers:
         self.pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
     def each(self, do: Callable[[Task], Result], tasks: Iterable[Task]) -> list[Result]:
-        """do(task) for every task; the results in their order. An exception of one is raised when all have ended."""
+        """do(task) for every task; the results in their order. An exception is raised when all begun have ended."""
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

@@ -112,6 +112,9 @@ def test_no_part_of_a_law_is_below_zero():
     assert inside == pytest.approx([0.5, 0.5])
     numbers = law._not_negative(np.array([[1.0, 1.0], [1.0, 2.0], [1.1, 3.0]]))
     assert numbers[1] == 0 and numbers[0] == pytest.approx(1.0, abs=0.05)
+    # one column alone is nearer than the only two that leave nothing below 0
+    columns = np.array([[1.2, 3.0, 0.5], [1.0, 0.1, 0.8], [0.8, 0.1, 0.1]])
+    assert law._not_negative(columns) == pytest.approx([3.0 / 3.08, 0, 0])
 
 
 # ---- law.json ------------------------------------------------------------------------------------
