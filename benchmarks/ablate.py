@@ -17,13 +17,14 @@ that name is given the other clock while it trains; `training s` in the table is
 the text, two steps that compile what is not compiled yet, and the score of the whole validation text are outside.
 
 The shape is the one that babyllama plans for the baseline's vocabulary and budget, on one thread whose speed is
-measured once, and the same for all cells but those that name another; so are precision, context, rows, dropout and
-weight decay. What the recipe sets together with an optimiser or with the norm after the embedding (rates, beta1, clip,
-cautious) comes and goes with it; and a cell of another size or vocabulary has the recipe's numbers for its own, by the
-same speed. Every result holds the plan it was found with. Besides the fields of Plan a cell may name
+measured once, and the same for all cells but those that name another; so are precision, context, rows, dropout, weight
+decay and the rate of the output matrix. What the recipe sets together with an optimiser or with the norm after the
+embedding (rates, beta1, clip, cautious) comes and goes with it; and a cell of another size or vocabulary has the
+recipe's numbers for its own, by the same speed. Every result holds the plan it was found with. Besides the fields of
+Plan a cell may name
 
     vocab_size        ids of the tokenizer                 shape   (dim, layers, heads)
-    tokens_per_step   rows = this over the context         size    parameters wished for
+    tokens_per_step   rows = this over the context         size    parameters wished for, or 192x5x6
     tie_embeddings    the table is the output matrix too   init    "gpt2": normal 0.02 all, as in nanoGPT
     outputs_spread, inner_spread, embedding_spread, head_spread    of the first weights: of the two matrices of a layer
                       that write into the residual stream, of its five others, and of the vocabulary's two

@@ -31,16 +31,14 @@ SIZES = {20.0: ("64x2x2", "96x3x3"), 60.0: ("96x3x3", "128x4x4"), 180.0: ("128x4
 OUT = "runs/ablations"
 
 
-def make_runs(fresh: bool, longer: float, jobs: int) -> None:
-    """Make the runs of TEXTS and SIZES that are missing; `fresh`: those of other versions of the code do not count."""
+def make_runs(longer: float, jobs: int) -> None:
+    """Make the runs of TEXTS and SIZES that this code has not made yet."""
     for text in TEXTS.values():
         for seconds, (first, *others) in SIZES.items():
             cells = [argument for size in others for argument in ("--cell", f"{size}: size={size}")]
             cells += ["--set", f"size={first}"]
             where = ["--text", text, "--seconds", str(seconds * longer), "--seeds", "1"]
-            ablate.main(
-                ["law", *cells, *where, "--jobs", str(jobs), "--out", OUT, *(["--anew"] if fresh else [])]
-            )
+            ablate.main(["law", *cells, *where, "--jobs", str(jobs), "--out", OUT, "--anew"])
 
 
 def made_runs() -> list[law.Reached]:
@@ -50,7 +48,7 @@ def made_runs() -> list[law.Reached]:
         if "bits_per_byte" not in line or line["text"] not in names:
             continue
         if line["code"] != ablate.code() or line["content"] != ablate.content(line["text"]):
-            continue  # what others made stands in law.json, if it is to count
+            continue  # what other versions made, to the end, stands in law.json
         corpus = ablate.prepared({"text": line["text"], "data": f"{OUT}/data"}, None)
         tokens = line["epochs"] * len(corpus.train_ids)
         if tokens < TOKENS_PER_PARAMETER * line["parameters"]:
@@ -121,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     kept = law.read()[1] if law.LAW.exists() and not given.fresh else []
     new = [finished(path) for path in given.runs]
     if not given.fit:
-        make_runs(given.fresh, given.longer, given.jobs)
+        make_runs(given.longer, given.jobs)
         new += made_runs()
     runs = [run for run in kept if run not in new] + new
     fitted = law.fit(runs)

@@ -739,6 +739,8 @@ MUTANTS = [
            "self.plan.seconds - self.reserved - self.used", "self.plan.seconds - self.used", RESERVED),
     Mutant("time: the first evaluation of all takes none", "train/loop.py",
            "self._keep(guessed * (1 if self.average is None else 2))", "self._keep(0.0)", RESERVED),
+    Mutant("time: the average is judged in none", "train/loop.py",
+           "(1 if self.average is None else 2)", "1", RESERVED),
     Mutant("time: what was used before the first step counts as training", "train/loop.py",
            "self.used = used  #", "self.used = 0.0  #",
            LOOP + "test_the_schedule_begins_with_the_first_step_whatever_was_used_before"),

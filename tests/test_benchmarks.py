@@ -653,8 +653,8 @@ def test_a_slower_or_faster_cell_keeps_the_rate_that_goes_by_passes(monkeypatch)
     baseline = planned(request, ablate.AS_IT_IS)
     lowest, highest = recipe.HEAD_RATES
     assert lowest < baseline.head_rate < highest
-    for cell in (Cell("heads together", {"muon_by_head": False}), Cell("longer rows", {"context": 256})):
-        assert planned(request, cell).head_rate == baseline.head_rate
+    for cell in (Cell("heads together", {"muon_by_head": False}), Cell("shorter rows", {"context": 64})):
+        assert planned(request, cell) != baseline and planned(request, cell).head_rate == baseline.head_rate
     assert planned(request, Cell("another rate", {"head_rate": 0.01})).head_rate == 0.01
 
 
@@ -673,13 +673,15 @@ def test_what_a_cell_says_of_its_size_comes_before_the_base(monkeypatch):
 def test_the_runs_of_the_law_are_all_of_different_sizes(monkeypatch):
     asked: list[list[str]] = []
     monkeypatch.setattr(ablate, "main", asked.append)
-    law.make_runs(fresh=True, longer=3, jobs=2)
+    law.make_runs(longer=3, jobs=2)
     assert len(asked) == len(law.TEXTS) * len(law.SIZES) and all("--anew" in each for each in asked)
     for number, arguments in enumerate(asked):
         given = ablate.parser().parse_args(arguments)
         sizes = list(law.SIZES.values())[number % len(law.SIZES)]
         cells = [ablate.parse_cell(cell).settings["size"] for cell in given.cell]
         assert (dict(map(ablate.parse_setting, given.set))["size"], *cells) == sizes
+        options = {"vocab_size": 2048, "minutes": 1, "device": "cpu", **LENGTHS}
+        assert len({recipe.plan(size=size, **options).model for size in sizes}) == len(sizes)
         assert given.seconds == [3 * list(law.SIZES)[number % len(law.SIZES)]]
 
 

@@ -318,7 +318,8 @@ class _Training:
         return now
 
     def _reserve(self) -> None:
-        """Decide how many tokens the last weights are scored on, and how many seconds that and the last save take."""
+        """Decide how many tokens the last weights are scored on, and how many seconds are kept for that and for the
+        evaluation before it."""
         if self.plan.steps:
             trained = self.plan.steps * self.plan.tokens_per_step
             affordable = max(self.plan.evaluation_tokens, EVALUATION_TOKENS[1], int(LAST_TOKENS * trained))
@@ -334,7 +335,7 @@ class _Training:
         self.last_tokens = affordable if affordable < len(self.corpus.val_ids) else None
         self.last_seconds = min(self.last_tokens or math.inf, len(self.corpus.val_ids)) / rate
         guessed = min(self.plan.evaluation_tokens, len(self.corpus.val_ids)) / rate
-        self._keep(guessed * (1 if self.average is None else 2))  # until an evaluation and a save were timed
+        self._keep(guessed * (1 if self.average is None else 2))  # at least
 
     def _keep(self, seconds: float) -> None:
         """Reserve what the last score takes, and `seconds` for the evaluation and the save before it."""

@@ -507,12 +507,12 @@ def test_a_run_whose_time_ends_before_a_save_has_its_last_weights_judged(
     assert averages == [1]
 
 
-@pytest.mark.parametrize("evaluated", [1, 600])
-def test_the_last_score_is_part_of_the_time(tmp_path, monkeypatch, corpus, evaluated):
+@pytest.mark.parametrize(("evaluated", "average"), [(1, 0.0), (600, 0.0), (600, 0.1)])
+def test_the_last_score_is_part_of_the_time(tmp_path, monkeypatch, corpus, evaluated, average):
     """And so is the evaluation before it, though it is the first."""
     config = Config(vocab_size=corpus.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=16)
     plan = Plan(model=config, context=16, batch_size=2, seconds=1000.0, evaluations=0)
-    plan = replace(plan, evaluation_tokens=evaluated)
+    plan = replace(plan, evaluation_tokens=evaluated, average=average)
     now, scored, events = [0.0], [], []
     take_step, score = loop._Training.take_step, loop._Training._score
 
@@ -531,7 +531,7 @@ def test_the_last_score_is_part_of_the_time(tmp_path, monkeypatch, corpus, evalu
     monkeypatch.setattr(loop._Training, "_score", score_ten_tokens_a_second)
     loop.train(Run.create(tmp_path / "run", {}), plan, corpus, tell=events.append)
     steps = [event for event in events if isinstance(event, Stepped)]
-    assert 950 - evaluated / 10 < steps[-1].seconds < 1000 and 980 < now[0] < 1006
+    assert 950 - evaluated / 10 * (2 if average else 1) < steps[-1].seconds < 1000 and 980 < now[0] < 1006
     assert 100 <= scored[-1] <= 200 < len(corpus.val_ids), "a fiftieth of the time, at ten tokens a second"
 
 
