@@ -664,10 +664,8 @@ def test_what_a_cell_says_of_its_size_comes_before_the_base(monkeypatch):
     usual = planned(request, Cell("untied", {"embedding_norm": False}))
     assert tied.model == replace(usual.model, tie_embeddings=True)
     assert planned(request, Cell("wide", {"shape": [192, 5, 6]})).model.dim == 192
-    assert (
-        planned(first(3000, monkeypatch, shape=[128, 4, 4]), Cell("wide", {"size": "192x5x6"})).model.dim
-        == 192
-    )
+    request = first(3000, monkeypatch, shape=[128, 4, 4])
+    assert planned(request, Cell("wide", {"size": "192x5x6"})).model.dim == 192
 
 
 def test_the_runs_of_the_law_are_all_of_different_sizes(monkeypatch):

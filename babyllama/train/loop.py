@@ -335,7 +335,7 @@ class _Training:
         self.last_tokens = affordable if affordable < len(self.corpus.val_ids) else None
         self.last_seconds = min(self.last_tokens or math.inf, len(self.corpus.val_ids)) / rate
         guessed = min(self.plan.evaluation_tokens, len(self.corpus.val_ids)) / rate
-        self._keep(guessed * (1 if self.average is None else 2))  # at least
+        self._keep(guessed * (1 if self.average is None else 2))  # a guess, and the least that is kept
 
     def _keep(self, seconds: float) -> None:
         """Reserve what the last score takes, and `seconds` for the evaluation and the save before it."""
